@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Create .venv once and install a requirements file into it; a second run sees that nothing changed and ends at once.
+set -euo pipefail
+cd "$(dirname "$0")"
+requirements=$1
+python=${PYTHON:-python3}
+mark=.venv/installed-$(basename "$requirements")
+sum=$(cat requirements.txt "$requirements" | cksum)
+if [[ -f $mark && $(<"$mark") == "$sum" ]]; then exit 0; fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+  found=$("$python" --version 2>&1 || true)
+  echo "error: found ${found:-no Python}, expected Python 3.10 or later; install it or name it: make PYTHON=python3.11" >&2
+  exit 2
+fi
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+  echo "error: $python cannot create virtual environments; install its venv package (Debian: python3-venv)." >&2
+  exit 2
+fi
+[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+echo "installing $requirements into .venv (the first time takes minutes) ..."
+log=.venv/install.log
+if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" >"$log" 2>&1; then
+  tail -n 5 "$log" >&2
+  echo "error: the packages of $requirements could not be installed; check the network, then run the same command again (whole log: $log)." >&2
+  exit 2
+fi
+echo "$sum" >"$mark"
