@@ -49,3 +49,19 @@ class Collator:
 
 def _named(ids, labels, shifted):
     return ("input_ids", ids), ("labels", labels), ("shift_labels", shifted)
+
+
+def supervised_loss(model, batch):
+    """Cross entropy of one micro-batch from `Collator`.
+
+    The output head sees only `logits_to_keep`, and the loss is computed in float32.
+    Returns:
+        (sum over supervised tokens: float32 scalar with a gradient, their number: int64 scalar).
+    """
+    batch = dict(batch)
+    batch.pop("labels")
+    targets = batch.pop("shift_labels")[:, batch["logits_to_keep"]].flatten()
+    # A cache would make transformers treat the row as one document.
+    logits = model(**batch, use_cache=False).logits.flatten(0, 1).float()
+    total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total, (targets != IGNORE_INDEX).sum()

@@ -21,10 +21,11 @@ import transformers
 from torch.utils.data import Dataset
 
 import cli
-from batches import Collator
+import curves
+from batches import Collator, supervised_loss
 from cli import say
 from conversations import UserError, open_records, shape_of, to_conversation
-from tokens import IGNORE_INDEX, ChatEncoder
+from tokens import ChatEncoder
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -460,23 +461,15 @@ class RecipeTrainer(transformers.Trainer):
         self._eval_sums = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of the cross entropy over supervised tokens / their number in the optimizer step (in the batch, if None).
-
-        The output head sees only the positions in `logits_to_keep`; the loss is float32.
-        """
-        inputs = dict(inputs)
-        inputs.pop("labels")
-        targets = inputs.pop("shift_labels")[:, inputs["logits_to_keep"]].flatten()
-        outputs = model(**inputs, use_cache=False)
-        logits = outputs.logits.flatten(0, 1).float()
-        total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        """Sum of the cross entropy over supervised tokens / their number in the optimizer step (in the batch, if None)."""
+        total, supervised = supervised_loss(model, inputs)
         if self._eval_sums is not None:
-            self._eval_sums += torch.stack([total.detach().double(), (targets != IGNORE_INDEX).sum().double()])
-        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE_INDEX).sum().clamp(min=1)
+            self._eval_sums += torch.stack([total.detach().double(), supervised.double()])
+        count = num_items_in_batch if num_items_in_batch is not None else supervised.clamp(min=1)
         loss = total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is their sum
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
@@ -607,6 +600,8 @@ def train(argv=None):
     trainer.save_state()
     if eval_dataset is not None:
         metrics.update(trainer.evaluate())
+    if trainer.args.should_save:
+        curves.draw(trainer.state.log_history, training_args.output_dir)
     return metrics
 
 

@@ -1,0 +1,84 @@
+"""Merge an adapter into its base model and prove that nothing was lost.
+
+    python merge.py --adapter output/demo --output output/demo-merged
+
+The base is loaded without quantisation, also for an adapter trained with --q_lora: merging into 4-bit weights rounds
+the adapter away. Logits before and after the merge are compared on a few prompts; a difference above the tolerance of
+the precision is an error and nothing is written.
+"""
+
+import argparse
+import os
+
+import torch
+
+import cli
+import evaluate
+from conversations import UserError
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # largest difference of probabilities
+PROMPTS = ["Hello", "What is the capital of France?", "Write a haiku.", "1 + 1 =", '{"key": "value"}']
+
+
+def merge(adapter, output, dtype=torch.bfloat16):
+    """Write the merged model, tokenizer, chat template and generation config to `output`.
+
+    Returns:
+        the largest difference of any next-token probability between adapter and merged model.
+    Raises:
+        UserError: `adapter` is no adapter, some of its weights find no place in the base, or the difference is too big.
+    """
+    if not os.path.exists(os.path.join(adapter, "adapter_config.json")):
+        raise UserError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter.")
+    model, tokenizer = evaluate.load(adapter, dtype)
+    _all_weights_placed(model, adapter)
+    before = _probabilities(model, tokenizer)
+    model = model.merge_and_unload()
+    difference = max((a - b).abs().max().item() for a, b in zip(before, _probabilities(model, tokenizer)))
+    if not difference <= TOLERANCE[dtype]:
+        raise UserError(
+            f"{adapter}: the merged model differs from the adapter by {difference:.1e} in probability, more than the "
+            f"{TOLERANCE[dtype]:.0e} that {dtype} explains; nothing was written. Merge with --dtype float32."
+        )
+    model.config.use_cache = True
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    generation = os.path.join(adapter, "generation_config.json")
+    if os.path.exists(generation):
+        from transformers import GenerationConfig
+
+        GenerationConfig.from_pretrained(adapter).save_pretrained(output)
+    return difference
+
+
+def _all_weights_placed(model, adapter):
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    saved, placed = set(load_peft_weights(adapter, device="cpu")), set(get_peft_model_state_dict(model))
+    if saved != placed:
+        odd = sorted(saved ^ placed)
+        raise UserError(f"{adapter}: {len(odd)} adapter weights do not match the base model, the first is {odd[0]}.")
+
+
+@torch.no_grad()
+def _probabilities(model, tokenizer):
+    ids = [tokenizer(text, return_tensors="pt").input_ids.to(model.device) for text in PROMPTS]
+    return [model(input_ids=i, use_cache=False).logits.float().softmax(-1) for i in ids]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--adapter", required=True, help="Folder of the adapter.")
+    parser.add_argument("--output", required=True, help="Folder for the merged model.")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="Precision.")
+    args = parser.parse_args()
+    try:
+        difference = merge(args.adapter, args.output, getattr(torch, args.dtype))
+    except UserError as error:
+        cli.fail(error)
+    print(f"{args.output}: merged; largest difference of a next-token probability {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
