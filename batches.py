@@ -5,9 +5,11 @@ conversations becomes one row of documents side by side, each with positions tha
 nothing is padded and no document sees another; or, where the model cannot do that, one padded row for each document.
 """
 
+import math
+
 import torch
 
-from tokens import IGNORE_INDEX
+from tokens import IGNORE_INDEX, supervised_runs
 
 
 class Collator:
@@ -19,7 +21,8 @@ class Collator:
         input_ids, labels: int64 [B, T].
         shift_labels: int64 [B, T], the label of the next token of the same document, or IGNORE_INDEX.
         logits_to_keep: int64 [K], the positions whose logits the loss needs.
-        position_ids int64 [1, T] when padding-free, attention_mask int64 [B, T] when padded.
+        position_ids int64 [1, T] and document_lengths (list of int) when padding-free, attention_mask int64 [B, T] when
+        padded.
     """
 
     def __init__(self, padding_free=True):
@@ -35,6 +38,7 @@ class Collator:
         if self.padding_free:
             batch = {name: torch.cat(parts)[None] for name, parts in _named(ids, labels, shifted)}
             batch["position_ids"] = torch.cat([torch.arange(len(part)) for part in ids])[None]
+            batch["document_lengths"] = [len(part) for part in ids]
         else:
             lengths = torch.tensor([len(part) for part in ids])
             pad = torch.nn.utils.rnn.pad_sequence
@@ -65,3 +69,30 @@ def supervised_loss(model, batch):
     logits = model(**batch, use_cache=False).logits.flatten(0, 1).float()
     total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return total, (targets != IGNORE_INDEX).sum()
+
+
+def truncated(documents, max_length):
+    """Documents cut after their last supervised turn, stop token included, that ends within `max_length` tokens.
+
+    A document with no such turn is left out.
+    """
+    result = []
+    for document in documents:
+        ends = [end for _, end in supervised_runs(document["labels"]) if end <= max_length]
+        if ends:
+            cut = {name: document[name][: ends[-1]] for name in ("input_ids", "labels")}
+            result.append({**cut, "turns": document["turns"][: len(ends)]})
+    return result
+
+
+class Filled(torch.utils.data.Dataset):
+    """A dataset followed by empty conversations up to a multiple of `batch`."""
+
+    def __init__(self, dataset, batch):
+        self.dataset, self.length = dataset, math.ceil(len(dataset) / batch) * batch
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return self.dataset[index] if index < len(self.dataset) else []

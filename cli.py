@@ -6,7 +6,6 @@ ancestors (Qwen's finetune.py, FastChat's train_lora.py) spelled differently are
 flag or a wrong value is one sentence.
 """
 
-import dataclasses
 import difflib
 import json
 import os
@@ -20,7 +19,6 @@ RENAMED = {  # old flag: new flag, or None where nothing is left to set
     "flash_attn": "attn_implementation",
     "group_by_length": "train_sampling_strategy",
     "no_cuda": "use_cpu",
-    "torch_dtype": "dtype",
     "overwrite_output_dir": None,
     "save_safetensors": None,
     "logging_dir": None,
@@ -132,11 +130,10 @@ def fail(error):
 
 def say(text):
     """Print once a run, not once a rank."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         print(text, flush=True)
 
 
-def defaults_changed(instance):
-    """Fields of a dataclass instance that differ from their defaults, for the run card."""
-    blank = {f.name: f.default for f in dataclasses.fields(instance) if f.default is not dataclasses.MISSING}
-    return {name: getattr(instance, name) for name, default in blank.items() if getattr(instance, name) != default}
+def rank():
+    """Number of this process among all that train together, before and without torch.distributed."""
+    return int(os.environ.get("RANK", 0))

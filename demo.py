@@ -45,9 +45,10 @@ def run(stage, seconds):
     model = stage("get the model", demo_model)
     import evaluate  # imports torch: after the download, which does not need it
     import finetune
+    from conversations import Conversations
     from merge import merge
 
-    source = finetune.Conversations([TRAINING["--data_path"].replace("train", "validation")])
+    source = Conversations([TRAINING["--data_path"].replace("train", "validation")])
     held_out = [source[i] for i in range(len(source))]
 
     def measure(folder):

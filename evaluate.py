@@ -15,9 +15,11 @@ import os
 
 import torch
 
+import attention
 import cli
 from batches import Collator, supervised_loss
-from conversations import UserError
+from conversations import Conversations, UserError
+from hardware import best_dtype
 from tokens import IGNORE_INDEX, ChatEncoder
 
 
@@ -27,9 +29,7 @@ def load(folder, dtype=None):
     Returns:
         (model in evaluation mode on the GPU if there is one, tokenizer); `dtype` None means the fastest here.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from finetune import best_dtype
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
     base = folder
@@ -37,9 +37,12 @@ def load(folder, dtype=None):
         with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
             base = json.load(file)["base_model_name_or_path"]
     cpu = not torch.cuda.is_available()
+    attention.register()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or best_dtype(cpu))
+        config = AutoConfig.from_pretrained(base)
+        kernel = {"attn_implementation": attention.PACKED} if attention.can_pack(config.get_text_config()) else {}
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype or best_dtype(cpu), **kernel)
     except OSError as error:
         raise UserError(f"{folder}: cannot be loaded as a model: {str(error).splitlines()[0]}") from None
     if adapter:
@@ -56,8 +59,8 @@ def prompts(conversations, tokenizer):
     """
     encoder = ChatEncoder(tokenizer, "last_turn")
     result = []
-    for conversation, documents in zip(conversations, encoder.encode_batch(conversations)):
-        for document in documents:
+    for conversation, encoded in zip(conversations, encoder.encode_batch(conversations), strict=True):
+        for document in encoded.documents:
             start = next(i for i, label in enumerate(document["labels"]) if label != IGNORE_INDEX)
             turn = document["turns"][-1] - 1
             messages = conversation["messages"]
@@ -105,8 +108,9 @@ def mean_loss(model, rows, batch_size=8, collator=None):
     collator = collator or Collator()
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
-        batch = {name: value.to(model.device) for name, value in collator(rows[start : start + batch_size]).items()}
-        loss, supervised = supervised_loss(model, batch)
+        batch = collator(rows[start : start + batch_size])
+        moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        loss, supervised = supervised_loss(model, moved)
         total, count = total + loss.item(), count + supervised.item()
     return total / count
 
@@ -153,14 +157,13 @@ def measure(model, tokenizer, conversations, max_new_tokens=256, batch_size=16, 
     asked, stop_id = prompts(conversations, tokenizer)
     answers = answer(model, tokenizer, [ids for ids, _, _ in asked], stop_id, max_new_tokens, batch_size)
     numbers = score(answers, asked, metric)
-    rows = [documents for documents in ChatEncoder(tokenizer).encode_batch(conversations) if documents]
+    encoded = ChatEncoder(tokenizer).encode_batch(conversations)
+    rows = [row.documents for row in encoded if row.documents]
     numbers["eval_loss"] = mean_loss(model, rows)
     return numbers, answers, asked
 
 
 def main():
-    from finetune import Conversations
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_name_or_path", required=True, help="Model folder, adapter folder or hub name.")
     parser.add_argument("--data_path", nargs="+", required=True, help="Files of conversations.")

@@ -6,12 +6,13 @@
 Reads top to bottom in the order the data flows: arguments, datasets, model and adapter, trainer, saving, train().
 """
 
+import collections
+import inspect
 import json
 import math
 import os
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 
 if {"-h", "--help"} & set(sys.argv[1:]):
     sys.modules["bitsandbytes"] = None  # peft would import it, and a compiler with it: a second that --help can save
@@ -20,11 +21,17 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
+import attention
+import batches
 import cli
+import conversations
 import curves
+import plan
+import tokens
 from batches import Collator, supervised_loss
 from cli import say
-from conversations import UserError, open_records, shape_of, to_conversation
+from conversations import Conversations, UserError, hold_out
+from hardware import best_dtype, dtype_name, has_bf16
 from tokens import ChatEncoder
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -36,19 +43,16 @@ class ModelArguments:
     model_name_or_path: str = field(
         default=None, metadata={"help": "Folder or hub name of the model to start from. Required."}
     )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Computing precision: auto, bfloat16, float16 or float32. Default auto: bfloat16 where the hardware "
-            "has it, float16 on older GPUs, float32 otherwise. --bf16 and --fp16 say the same."
-        },
-    )
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": "Attention kernel: auto, sdpa, eager, flash_attention_2 ... Default auto: the model's own choice. "
-            "Change it when a kernel is installed that auto does not pick."
+            "help": "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... Default auto: packed, which never "
+            "computes one conversation against another, or sdpa for models with a sliding window."
         },
+    )
+    chat_template: str = field(
+        default=None,
+        metadata={"help": "Jinja file of a chat template to use and save instead of the model's own. Default none."},
     )
     rope_scaling: str = field(
         default=None,
@@ -89,6 +93,21 @@ class DataArguments:
             "of more than some 100,000 rows."
         },
     )
+    overlong: str = field(
+        default="drop",
+        metadata={
+            "help": "What becomes of conversations longer than --model_max_length: drop (default), truncate (after the "
+            "last assistant turn that fits whole) or error."
+        },
+    )
+    thinking: str = field(
+        default="auto",
+        metadata={
+            "help": "Thoughts (reasoning_content, <think>): auto (default) trains those in the data and puts turns without "
+            "one after the prompt of enable_thinking=False; keep trains them and puts the others after the default "
+            "prompt; strip removes them; empty removes them and uses the prompt of enable_thinking=False throughout."
+        },
+    )
     train_on: str = field(
         default="all_turns",
         metadata={
@@ -104,8 +123,8 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=None,
         metadata={
-            "help": "Longest conversation in tokens. Default 8192, or the model's window if that is shorter. Longer ones are dropped and counted; lower it to "
-            "save memory, raise it when the start block reports dropped rows."
+            "help": "Longest conversation in tokens. Default 8192, or the model's window if that is shorter. Lower it to "
+            "save memory, raise it when the start block reports dropped rows; see --overlong."
         },
     )
     use_lora: bool = field(
@@ -119,7 +138,7 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     bf16: bool = field(default=None, metadata={"help": "bfloat16 computing. Default: by hardware, see --dtype."})
-    fp16: bool = field(default=None, metadata={"help": "float16 computing. Default: by hardware, see --dtype."})
+    fp16: bool = field(default=None, metadata={"help": "Compute in float16. Default: on GPUs without bfloat16."})
     optim: str = field(
         default="adamw_torch", metadata={"help": "Optimizer, by its transformers name. Default adamw_torch."}
     )
@@ -151,9 +170,9 @@ class TrainingArguments(transformers.TrainingArguments):
         best = best_dtype(self.use_cpu)
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
-        elif self.fp16 and self.use_cpu or self.bf16 and best != torch.bfloat16:
+        elif self.fp16 and self.use_cpu or self.bf16 and not has_bf16(self.use_cpu):
             asked = "fp16" if self.fp16 else "bf16"
-            say(f"--{asked}: this hardware computes better in {_name(best)}, which is used instead.")
+            say(f"--{asked}: this hardware does not compute in it; {dtype_name(best)} is used instead.")
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         self.label_names = ["labels"]
@@ -191,192 +210,262 @@ class LoraArguments:
         "servers refuse such adapters."},
     )  # fmt: skip
     init_lora_weights: str = field(
-        default="true", metadata={"help": "How the adapter starts: true (default), gaussian, pissa, olora, eva, loftq."}
+        default="true", metadata={"help": "How the adapter starts: true (default), gaussian, pissa, olora, orthogonal."}
     )
-
-
-def best_dtype(cpu):
-    """Fastest precision that trains well here: bfloat16, float16 (GPUs before Ampere) or float32."""
-    if cpu:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _name(dtype):
-    return str(dtype).removeprefix("torch.")
+    trainable_token_indices: list[int] = field(
+        default=None,
+        metadata={"help": "Ids of tokens whose embeddings are trained too. Default none; for a base model that has never "
+        "seen the chat template's control tokens."},
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Datasets: files -> conversations -> documents of ids and labels
-
-
-class Conversations:
-    """The records of several files as one sequence of conversations.
-
-    Args:
-        paths: files or hub datasets.
-        indices: which records, in the order of the files (None: all).
-    """
-
-    def __init__(self, paths, indices=None):
-        self.sources = [open_records(path) for path in paths]
-        self._ends = torch.tensor([len(source) for source in self.sources]).cumsum(0)
-        self.indices = indices
-
-    def __len__(self):
-        return int(self._ends[-1]) if self.indices is None else len(self.indices)
-
-    def _locate(self, index):
-        index = int(index if self.indices is None else self.indices[index])
-        file = int(torch.searchsorted(self._ends, index, right=True))
-        return self.sources[file], index - (int(self._ends[file - 1]) if file else 0)
-
-    def where(self, index):
-        source, record = self._locate(index)
-        return source.where(record)
-
-    def __getitem__(self, index):
-        source, record = self._locate(index)
-        return to_conversation(source[record], source.where(record))
-
-    def shapes(self):
-        """File name and the shape of its first record, for the log."""
-        return {source.name: shape_of(source[0], source.where(0)) for source in self.sources}
-
-
-def split(paths, ratio, seed):
-    """Two disjoint views of the same files: the rows to train on and the share `ratio` held out."""
-    total = len(Conversations(paths))
-    held_out = round(total * ratio)
-    if not 0 < held_out < total:
-        raise UserError(f"--eval_ratio {ratio} of {total} rows leaves {held_out} to evaluate; change it or add rows.")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return (
-        Conversations(paths, order[held_out:].sort().values),
-        Conversations(paths, order[:held_out].sort().values),
-    )
+# Datasets: conversations -> documents of ids and labels
 
 
 class SupervisedDataset(Dataset):
-    """Conversations tokenised ahead.
+    """Conversations tokenised ahead, in batches, into a memory-mapped file that a second run opens at once.
 
-    An item is a list of documents (dicts of `input_ids` and `labels`); `dropped` maps a reason to the records dropped
-    for it. Rows are the same as those of LazySupervisedDataset.
+    An item is the list of documents of one conversation (see `tokens.Encoded`).
+
+    Args:
+        conversations: a `Conversations`.
+        encoder: a `ChatEncoder`.
+        max_length: longest document, in tokens.
+        overlong: "drop", "truncate" or "error", for conversations with a longer one.
+    Attributes:
+        kept: numbers of the conversations in use; dropped: reason -> numbers of those that are not.
+        notes: Counter of what the encoder noted; lengths: tokens of the longest document of every conversation, as it
+        was read; tokens, supervised: sums over the kept ones; examined: how many conversations these figures are of.
+    Raises:
+        UserError: a conversation cannot be read or rendered, or none is left.
     """
 
     batch = 1000
 
-    def __init__(self, conversations, encoder, max_length):
-        self.conversations, self.encoder, self.max_length = conversations, encoder, max_length
-        self.dropped, self.rows, self.kept = {}, [], []
-        self._scan()
+    def __init__(self, conversations, encoder, max_length, overlong="drop"):
+        self.conversations, self.encoder = conversations, encoder
+        self.max_length, self.overlong = max_length, overlong
+        self.kept, self.dropped, self.lengths = [], {}, []
+        self.notes, self.tokens, self.supervised = collections.Counter(), 0, 0
+        self._prepare()
+        self.examined = len(self.lengths)
+        if not len(self):
+            reasons = "; ".join(f"{len(numbers)} {reason}" for reason, numbers in self.dropped.items())
+            raise UserError(f"no row is left to use: {reasons}. Raise --model_max_length or mend the data.")
 
-    def _scan(self):
+    def _prepare(self):
+        import datasets
+        from datasets import Features, List, Value
+
+        ids = List(Value("int32"))
+        features = Features(
+            documents=List({"input_ids": ids, "labels": ids, "turns": ids}),
+            dropped=Value("string"), notes=List(Value("string")),
+            length=Value("int32"), tokens=Value("int64"), supervised=Value("int64"),
+        )  # fmt: skip
+        progress, quiet = datasets.utils.are_progress_bars_disabled(), datasets.utils.disable_progress_bars
+        quiet()  # ours counts conversations
+        try:
+            self.rows = datasets.Dataset.from_generator(self._generate, features, fingerprint=self._fingerprint())
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+        finally:
+            if not progress:
+                datasets.utils.enable_progress_bars()
+        columns = (self.rows.data.column(name).to_pylist() for name in list(features)[1:])
+        for number, figures in enumerate(zip(*columns, strict=True)):
+            self._count(number, *figures)
+
+    def _generate(self):
         from tqdm import tqdm
 
         total = len(self.conversations)
-        with tqdm(total=total, desc="tokenising", unit="row", disable=total < self.batch or _rank() > 0) as bar:
+        with tqdm(total=total, desc="tokenising", unit=" rows", disable=total < self.batch or cli.rank() > 0) as bar:
             for start in range(0, total, self.batch):
-                numbers = range(start, min(start + self.batch, total))
-                for number, documents in zip(numbers, encode_records(self.conversations, numbers, self.encoder)):
-                    reason = self.why_dropped(documents)
-                    if reason:
-                        self.dropped.setdefault(reason, []).append(number)
-                    else:
-                        self._keep(number, documents)
-                bar.update(len(numbers))
+                rows = self.encode(range(start, min(start + self.batch, total)))
+                yield from rows
+                bar.update(len(rows))
 
-    def _keep(self, number, documents):
-        self.kept.append(number)
-        self.rows.append(documents)
+    def _fingerprint(self):
+        from datasets.fingerprint import Hasher
 
-    def why_dropped(self, documents):
-        """Reason not to train on a conversation, or None."""
-        if not documents:
-            return "no turn to learn"
-        if max(len(document["input_ids"]) for document in documents) > self.max_length:
-            return f"longer than {self.max_length} tokens"
-        return None
+        code = [inspect.getsource(part) for part in (tokens, conversations, SupervisedDataset)]
+        return Hasher.hash([code, self.conversations.fingerprint(), self.encoder.fingerprint(),
+                            self.max_length, self.overlong])  # fmt: skip
+
+    def _count(self, number, dropped, notes, length, tokens, supervised):
+        self.lengths.append(length)
+        self.notes.update(notes)
+        if dropped:
+            self.dropped.setdefault(dropped, []).append(number)
+        else:
+            self.kept.append(number)
+            self.tokens += tokens
+            self.supervised += supervised
+
+    def encode(self, numbers):
+        """Tokenise the conversations with these numbers; a dict for each, with `documents` and why it was `dropped`."""
+        return [self._fitted(number, row) for number, row in zip(numbers, self._encoded(numbers), strict=True)]
+
+    def _encoded(self, numbers):
+        from jinja2 import TemplateError
+
+        batch = [self.conversations[number] for number in numbers]
+        try:
+            return self.encoder.encode_batch(batch)
+        except (TemplateError, ValueError) as error:
+            if len(batch) == 1:
+                raise UserError(f"{self.conversations.where(numbers[0])}: {str(error).rstrip('.')}.") from None
+            return [self._encoded([number])[0] for number in numbers]  # finds the one that it was
+
+    def _fitted(self, number, encoded):
+        documents, notes = encoded.documents, list(encoded.notes)
+        length = max((len(document["input_ids"]) for document in documents), default=0)
+        dropped = "" if documents else "without a turn to learn"
+        if length > self.max_length:
+            if self.overlong == "error":
+                raise UserError(
+                    f"{self.conversations.where(number)}: {length} tokens, expected at most {self.max_length}; raise "
+                    "--model_max_length or set --overlong drop."
+                )
+            documents = batches.truncated(documents, self.max_length) if self.overlong == "truncate" else []
+            dropped = "" if documents else f"longer than {self.max_length} tokens"
+            notes += ["cut after the last turn that fits"] * bool(documents)
+        count = [sum(label != tokens.IGNORE_INDEX for label in document["labels"]) for document in documents]
+        return dict(documents=documents, dropped=dropped, notes=notes, length=length, supervised=sum(count),
+                    tokens=sum(len(document["input_ids"]) for document in documents))  # fmt: skip
 
     def __len__(self):
         return len(self.kept)
 
     def __getitem__(self, index):
-        return self.rows[index]
+        return self.rows[self.kept[index]]["documents"]
 
 
 class LazySupervisedDataset(SupervisedDataset):
-    """Conversations tokenised on demand: only the position of each kept row is in memory.
+    """Conversations tokenised when they are asked for; neither the file nor any tokens stay in memory.
 
-    The first `scan` records are tokenised once at the start, to find out what is dropped and why, and forgotten again;
-    a later record that must be dropped gives its place to the next one that is kept.
+    The first `scan` conversations are tokenised once at the start, to report figures and to leave out what must be
+    dropped. One that must be dropped further on gives its place to the next that is kept.
     """
 
     scan = 10_000
 
-    def _scan(self):
-        self.tokens = []
-        super()._scan()
+    def _prepare(self):
+        self.scanned = min(self.scan, len(self.conversations))
+        for start in range(0, self.scanned, self.batch):
+            numbers = range(start, min(start + self.batch, self.scanned))
+            for number, row in zip(numbers, self.encode(numbers), strict=True):
+                self._count(number, *(row[name] for name in ("dropped", "notes", "length", "tokens", "supervised")))
 
-    def _keep(self, number, documents):
-        self.kept.append(number)
+    def __len__(self):
+        return len(self.kept) + len(self.conversations) - self.scanned
 
     def __getitem__(self, index):
-        number = self.kept[index]
-        return encode_records(self.conversations, [number], self.encoder)[0]
+        number = self.kept[index] if index < len(self.kept) else self.scanned + index - len(self.kept)
+        for candidate in (*range(number, len(self.conversations)), *range(number)):
+            (row,) = self.encode([candidate])
+            if not row["dropped"]:
+                return row["documents"]
 
 
-def encode_records(conversations, numbers, encoder):
-    """Documents of the conversations with these numbers; a template's refusal names the record."""
-    from jinja2 import TemplateError
-
-    batch = [conversations[number] for number in numbers]
-    try:
-        return encoder.encode_batch(batch)
-    except (TemplateError, ValueError) as error:
-        if len(batch) == 1:
-            raise UserError(f"{conversations.where(numbers[0])}: the chat template refuses it: {error}") from None
-        return [encode_records(conversations, [number], encoder)[0] for number in numbers]
-
-
-def make_dataset(conversations, encoder, data_args, max_length):
-    """The eager or the lazy dataset; raises UserError if no row is left."""
+def make_datasets(data_args, training_args, encoder):
+    """The training dataset, and those to evaluate on by the name of their file (None where there is nothing)."""
+    paths, options = data_args.data_path, (encoder, training_args.model_max_length, data_args.overlong)
+    chosen, held_out = Conversations(paths), {}
+    if data_args.eval_data_path:
+        held_out = {_stem(path): Conversations([path]) for path in data_args.eval_data_path}
+    elif data_args.eval_ratio:
+        chosen, held_out["held_out"] = hold_out(paths, data_args.eval_ratio, training_args.seed)
     kind = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
-    dataset = kind(conversations, encoder, max_length)
-    if not len(dataset):
-        reasons = "; ".join(f"{len(rows)} {reason}" for reason, rows in dataset.dropped.items())
-        raise UserError(f"no row is left to use: {reasons}. Raise --model_max_length or mend the data.")
-    return dataset
+    # Evaluation rows are tokenised ahead in any case: no row may stand in for another there.
+    return kind(chosen, *options), {name: SupervisedDataset(part, *options) for name, part in held_out.items()} or None
 
 
-def _rank():
-    return int(os.environ.get("RANK", 0))
+def _stem(path):
+    return os.path.basename(path).split(".")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model and adapter
 
 
+def load_tokenizer(model_args, training_args):
+    """The model's tokenizer, with --chat_template if given."""
+    tokenizer = _pretrained(transformers.AutoTokenizer, model_args, training_args)
+    if model_args.chat_template:
+        try:
+            with open(model_args.chat_template, encoding="utf-8") as file:
+                tokenizer.chat_template = file.read()
+        except OSError as error:
+            raise UserError(f"--chat_template {model_args.chat_template}: cannot be read ({error.strerror}).") from None
+    return tokenizer
+
+
+def _pretrained(kind, model_args, training_args, **options):
+    try:
+        return kind.from_pretrained(
+            model_args.model_name_or_path,
+            trust_remote_code=model_args.trust_remote_code,
+            cache_dir=training_args.cache_dir,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason:.300} Name a folder with a "
+            "model or a model of the hub."
+        ) from None
+
+
 def load_config(model_args, training_args):
     """The model's configuration, its window stretched to --model_max_length where --rope_scaling says how."""
-    config = transformers.AutoConfig.from_pretrained(
-        model_args.model_name_or_path,
-        trust_remote_code=model_args.trust_remote_code,
-        cache_dir=training_args.cache_dir,
-    )
+    config = _pretrained(transformers.AutoConfig, model_args, training_args)
+    window = config.get_text_config().max_position_embeddings
     if training_args.model_max_length is None:
-        training_args.model_max_length = min(8192, config.max_position_embeddings)
-    _scale_rope(config, model_args.rope_scaling, training_args.model_max_length)
+        training_args.model_max_length = min(8192, window)
+    _scale_rope(config.get_text_config(), model_args.rope_scaling, training_args.model_max_length)
     return config
 
 
+def _scale_rope(config, kind, length):
+    window = config.max_position_embeddings
+    if kind not in (None, "yarn", "linear", "dynamic"):
+        raise UserError(f"--rope_scaling {kind!r}: expected yarn, linear or dynamic.")
+    if length <= window:
+        return
+    if kind is None:
+        raise UserError(
+            f"--model_max_length {length} exceeds the model's window of {window} positions; lower it or set "
+            "--rope_scaling yarn."
+        )
+    factor = math.ceil(length / window * 100) / 100
+    config.rope_parameters = {
+        **config.rope_parameters,
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": window,
+    }
+    if kind != "dynamic":  # dynamic scaling starts beyond the window, which has to stay what it was
+        config.max_position_embeddings = length
+    say(f"rope scaling: {kind}, factor {factor}, window {window} -> {length}")
+
+
 def load_model(config, model_args, training_args, lora_args, compute_dtype):
-    """Load the base model: 4-bit for QLoRA, the computing precision for LoRA, float32 masters for full training."""
-    options = {"trust_remote_code": model_args.trust_remote_code, "cache_dir": training_args.cache_dir}
-    options["dtype"] = compute_dtype if training_args.use_lora else torch.float32
-    if model_args.attn_implementation != "auto":
-        options["attn_implementation"] = model_args.attn_implementation
+    """Load the base model: 4-bit for QLoRA, the computing precision for LoRA, float32 masters for full training.
+
+    Raises:
+        UserError: it cannot be loaded, or its files lack some of its weights.
+    """
+    options = {"config": config, "dtype": compute_dtype if training_args.use_lora else torch.float32}
+    chosen = model_args.attn_implementation
+    if chosen == "auto" and training_args.padding_free and attention.can_pack(config.get_text_config()):
+        chosen = attention.PACKED
+    if chosen == attention.PACKED:
+        attention.register()
+    if chosen != "auto":
+        options["attn_implementation"] = chosen
     if lora_args.q_lora:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -386,34 +475,42 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
         )
     if lora_args.q_lora or not training_args.use_cpu:
         options["device_map"] = {"": training_args.device}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, config=config, **options
+    model, report = _pretrained(
+        transformers.AutoModelForCausalLM, model_args, training_args, output_loading_info=True, **options
     )
-    model.config.use_cache = False  # no cache in training; `safe_save_model_for_hf_trainer` restores it
+    if report["missing_keys"]:
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(report['missing_keys'])} weights, "
+            f"the first is {sorted(report['missing_keys'])[0]}; download it again."
+        )
+    _mend_generation_config(model.generation_config)
     return model
 
 
-def _scale_rope(config, kind, length):
-    window = config.max_position_embeddings
-    if length <= window:
-        return
-    if kind is None:
-        raise UserError(
-            f"--model_max_length {length} exceeds the model's window of {window} positions; lower it or set "
-            "--rope_scaling yarn."
-        )
-    if kind not in ("yarn", "linear", "dynamic"):
-        raise UserError(f"--rope_scaling {kind!r}: expected yarn, linear or dynamic.")
-    factor = math.ceil(length / window * 100) / 100
-    config.rope_parameters = {
-        **config.rope_parameters,
-        "rope_type": kind,
-        "factor": factor,
-        "original_max_position_embeddings": window,
-    }
-    if kind != "dynamic":
-        config.max_position_embeddings = length
-    say(f"rope scaling: {kind}, factor {factor}, window {window} -> {length}")
+def _mend_generation_config(generation):
+    """Drop sampling settings that contradict do_sample=False: transformers refuses to save such a configuration."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        say("the model's generation config has sampling settings without do_sample; they are left out.")
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(generation, name, None)
+
+
+def stop_at(model, tokenizer, encoder):
+    """Make the supervised stop token the one at which generation stops, in the tokenizer and the generation config."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if encoder.stop_id not in stops:
+        model.generation_config.eos_token_id = [encoder.stop_id, *stops]
+        say(f"generation will stop at {encoder.stop_token}, which ends an assistant turn; the model had not set it.")
+    tokenizer.eos_token = encoder.stop_token
+    head = model.get_output_embeddings().weight
+    if head.ndim == 2 and head.shape[0] > len(tokenizer) and head.is_floating_point():
+        unused = head.detach()[len(tokenizer) :].float().mean(0)  # rows that no token has ever trained
+        if (head.detach()[encoder.stop_id].float() - unused).norm() < 0.1 * head.detach()[:1000].float().norm(dim=1).mean():
+            say(f"the model looks as if it had never seen {encoder.stop_token}: it may not learn to stop. Add "
+                f"--trainable_token_indices {encoder.stop_id}, or start from the chat model.")  # fmt: skip
 
 
 def add_adapter(model, training_args, lora_args):
@@ -423,26 +520,29 @@ def add_adapter(model, training_args, lora_args):
     if lora_args.q_lora:
         for parameter in model.parameters():  # peft's own preparation would copy the embeddings to float32
             parameter.requires_grad_(False)
-    if training_args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    if lora_args.lora_weight_path:
-        return peft.PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True)
-    start = lora_args.init_lora_weights
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora_args.lora_r,
-            lora_alpha=lora_args.lora_alpha,
-            lora_dropout=lora_args.lora_dropout,
-            target_modules=lora_args.lora_target_modules or "all-linear",
-            bias=lora_args.lora_bias,
-            use_rslora=lora_args.use_rslora,
-            use_dora=lora_args.use_dora,
-            modules_to_save=lora_args.modules_to_save,
-            init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
-        ),
-    )
+    try:
+        if lora_args.lora_weight_path:
+            return peft.PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True)
+        start = lora_args.init_lora_weights
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora_args.lora_r,
+                lora_alpha=lora_args.lora_alpha,
+                lora_dropout=lora_args.lora_dropout,
+                target_modules=lora_args.lora_target_modules or "all-linear",
+                bias=lora_args.lora_bias,
+                use_rslora=lora_args.use_rslora,
+                use_dora=lora_args.use_dora,
+                modules_to_save=lora_args.modules_to_save,
+                init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
+                trainable_token_indices=lora_args.trainable_token_indices,
+            ),
+        )
+    except (ValueError, OSError) as error:
+        linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        raise UserError(f"no adapter: {' '.join(str(error).split()):.300} Linear layers are {sorted(linear)}.") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,17 +554,20 @@ class RecipeTrainer(transformers.Trainer):
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the supervised tokens of the whole optimizer step
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, **kwargs):
+        use_cache = model.config.use_cache
+        super().__init__(model, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count those tokens, over all ranks
+        # The Trainer has switched the cache off in the config that gets saved; `supervised_loss` does so in each call.
+        self.model.config.use_cache = use_cache
         self.best_loss = math.inf
-        self._eval_sums = None
+        self._eval_sums = self._file_sums = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of the cross entropy over supervised tokens / their number in the optimizer step (in the batch, if None)."""
         total, supervised = supervised_loss(model, inputs)
-        if self._eval_sums is not None:
-            self._eval_sums += torch.stack([total.detach().double(), supervised.double()])
+        if self._file_sums is not None:
+            self._file_sums += torch.stack([total.detach().double(), supervised.double()])
         count = num_items_in_batch if num_items_in_batch is not None else supervised.clamp(min=1)
         loss = total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -478,21 +581,30 @@ class RecipeTrainer(transformers.Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Fills the last batches with empty conversations, where the default would count some rows twice."""
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        return super().get_eval_dataloader(_Filled(dataset, self.args.eval_batch_size * self.args.world_size))
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        return super().get_eval_dataloader(batches.Filled(dataset, self.args.eval_batch_size * self.args.world_size))
 
     def evaluation_loop(self, dataloader, description, metric_key_prefix="eval", **kwargs):
-        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._file_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
             output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
-            sums = self.accelerator.reduce(self._eval_sums)
+            sums = self.accelerator.reduce(self._file_sums)
         finally:
-            self._eval_sums = None
+            self._file_sums = None
         output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1]).item()
+        self._eval_sums = self._eval_sums + sums if self._eval_sums is not None else sums
         return output
 
-    def evaluate(self, *args, **kwargs):
-        metrics = super().evaluate(*args, **kwargs)
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Token-weighted loss over all evaluation files, `eval_loss`, and over each of several, `eval_NAME_loss`."""
+        if eval_dataset is not None:  # one of the files; the Trainer calls this method for each
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._eval_sums = None
+        several = len(self.eval_dataset) > 1
+        metrics = super().evaluate(None if several else next(iter(self.eval_dataset)), ignore_keys, metric_key_prefix)
+        if several:
+            metrics["eval_loss"] = (self._eval_sums[0] / self._eval_sums[1]).item()
+            self.log({"eval_loss": metrics["eval_loss"]})
         if metrics["eval_loss"] < self.best_loss:
             self.best_loss = metrics["eval_loss"]
             folder = os.path.join(self.args.output_dir, "best")
@@ -512,19 +624,6 @@ class RecipeTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class _Filled(Dataset):
-    """A dataset followed by empty conversations up to a multiple of `batch`."""
-
-    def __init__(self, dataset, batch):
-        self.dataset, self.length = dataset, math.ceil(len(dataset) / batch) * batch
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        return self.dataset[index] if index < len(self.dataset) else []
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
@@ -534,59 +633,58 @@ def safe_save_model_for_hf_trainer(trainer, output_dir):
 
     Every rank must call it: the engines gather weights collectively. Rank 0 writes.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = True
     trainer.save_model(output_dir, _internal_call=True)
     if trainer.args.should_save:
-        model.generation_config.save_pretrained(output_dir)
-    model.config.use_cache = False
+        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(output_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def train(argv=None):
-    """Parse the command line, train, save; returns the Trainer's metrics."""
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv):
+    """The four argument instances of a command line; raises UserError for what cannot be meant."""
     classes = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-    model_args, data_args, training_args, lora_args = cli.parse(argv, classes, notice=say)
+    arguments = model_args, data_args, training_args, lora_args = cli.parse(argv, classes, notice=say)
     for name, value in (("model_name_or_path", model_args.model_name_or_path), ("data_path", data_args.data_path)):
         if not value:
             raise UserError(f"--{name} is required; see --help.")
+    for name, accepted in (("overlong", ("drop", "truncate", "error")), ("thinking", tokens.THINKING),
+                           ("train_on", ("all_turns", "last_turn"))):  # fmt: skip
+        if getattr(data_args, name) not in accepted:
+            raise UserError(f"--{name} {getattr(data_args, name)!r}: expected one of {', '.join(accepted)}.")
     named = cli.given(argv)
     if not training_args.use_lora and (lora_args.q_lora or any(name.startswith("lora_") for name in named)):
         if "use_lora" in named:
             raise UserError("--use_lora False contradicts the LoRA flags; remove one of them.")
         training_args.use_lora = True
         say("LoRA flags are given: training a LoRA adapter (--use_lora).")
+    to_evaluate = bool(data_args.eval_data_path or data_args.eval_ratio)
+    if to_evaluate and not named & {"eval_strategy", "evaluation_strategy"}:
+        training_args.eval_strategy, training_args.do_eval = transformers.IntervalStrategy.EPOCH, True
+    if not to_evaluate and training_args.eval_strategy != "no":
+        raise UserError("--eval_strategy is set but there is nothing to evaluate; add --eval_data_path or --eval_ratio.")
+    return arguments
 
+
+def train(argv=None):
+    """Parse the command line, train, save; returns the Trainer's metrics."""
+    model_args, data_args, training_args, lora_args = parse(sys.argv[1:] if argv is None else argv)
     transformers.set_seed(training_args.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        trust_remote_code=model_args.trust_remote_code,
-        cache_dir=training_args.cache_dir,
-    )
+    tokenizer = load_tokenizer(model_args, training_args)
     try:
-        encoder = ChatEncoder(tokenizer, data_args.train_on)
+        encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking)
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args)
-    make = partial(make_dataset, encoder=encoder, data_args=data_args, max_length=training_args.model_max_length)
-    conversations, held_out = Conversations(data_args.data_path), None
-    if data_args.eval_data_path:
-        held_out = Conversations(data_args.eval_data_path)
-    elif data_args.eval_ratio:
-        conversations, held_out = split(data_args.data_path, data_args.eval_ratio, training_args.seed)
-    if held_out is None and training_args.eval_strategy != "no":
-        raise UserError("--eval_strategy is set but there is nothing to evaluate; add --eval_data_path or --eval_ratio.")
-    train_dataset, eval_dataset = make(conversations), make(held_out) if held_out is not None else None
+    train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
 
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
+    stop_at(model, tokenizer, encoder)
+    if training_args.gradient_checkpointing:
+        model.enable_input_require_grads()  # frozen embeddings would cut the graph before the first checkpoint
     if training_args.use_lora:
         model = add_adapter(model, training_args, lora_args)
-    elif training_args.gradient_checkpointing:
-        model.enable_input_require_grads()
     trainer = RecipeTrainer(
         model=model,
         args=training_args,
@@ -595,11 +693,15 @@ def train(argv=None):
         processing_class=tokenizer,
         data_collator=Collator(training_args.padding_free),
     )
+    say(plan.describe(trainer, compute_dtype, lora_args))
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
     trainer.save_state()
     if eval_dataset is not None:
-        metrics.update(trainer.evaluate())
+        last = trainer.state.log_history[-2:]  # the last evaluation may be of this very step
+        fresh = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
+        metrics.update(fresh[-1] if fresh else trainer.evaluate())
+        trainer.save_state()
     if trainer.args.should_save:
         curves.draw(trainer.state.log_history, training_args.output_dir)
     return metrics

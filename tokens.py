@@ -4,12 +4,35 @@ For each supervised assistant turn i the prompt is what serving will send, `appl
 add_generation_prompt=True)`; the answer is what the template renders after it, up to and including the stop token.
 Prompts and everything between turns get the label IGNORE_INDEX; nothing is searched for by role markers or token ids,
 and padding plays no part.
+
+Where the template renders every prompt as the beginning of the whole conversation, one document holds all turns. Where
+it rewrites history (thoughts of earlier turns are left out, an empty thought is put in), each supervised turn becomes a
+document of its own, as serving would see it.
 """
 
 import re
+from typing import NamedTuple
 
 IGNORE_INDEX = -100
+THINKING = ("auto", "keep", "strip", "empty")
+SPLIT = "split into one document for each turn, as the template rewrites history"
+NO_THOUGHT = "with a thought that the template leaves out"
+FIRST = "with a turn before any user message, used as context only"
 _PROBE = "kqzvprobe"  # a word no template contains
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
+
+
+class Encoded(NamedTuple):
+    """One conversation in tokens.
+
+    documents: dicts with `input_ids` and `labels` (lists of int of equal length, a label is the id or IGNORE_INDEX) and
+        `turns` (the supervised turns, counted from 1); no document where no turn is supervised.
+    notes: what a user should know of the way they came about, as words that follow "3 conversations".
+    """
+
+    documents: list
+    notes: list
 
 
 class ChatEncoder:
@@ -18,92 +41,191 @@ class ChatEncoder:
     Args:
         tokenizer: a fast (Rust) tokenizer with a chat template.
         train_on: "all_turns" or "last_turn".
+        thinking: what becomes of thoughts, in `reasoning_content` or between <think> and </think>. A turn that has one
+            is trained with it (auto, keep) or without (strip, empty). A turn that has none follows the prompt of
+            serving with enable_thinking=False (auto, empty) or the default prompt, with no thought put in (keep,
+            strip). Also, keep writes a `reasoning_content` that the template does not know into the text.
     Attributes:
         stop_token, stop_id: what ends an assistant turn in this template, as text and as id.
     Raises:
         ValueError: the tokenizer has no chat template, or the template ends its turns with no control token.
     """
 
-    def __init__(self, tokenizer, train_on="all_turns"):
+    def __init__(self, tokenizer, train_on="all_turns", thinking="auto"):
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError("the tokenizer has no fast (Rust) version; use a model of the Qwen1.5 family or later")
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; start from a chat model or set --chat_template")
-        self.tokenizer = tokenizer
-        self.train_on = train_on
-        self.added = sorted(
-            {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len, reverse=True
-        )
-        self._control = re.compile("|".join(map(re.escape, self.added)))
+        self.tokenizer, self.train_on, self.thinking = tokenizer, train_on, thinking
+        self.backend = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        markup = [t for t in added if t.special or re.fullmatch(r"[<\[].+[>\]]", str(t))]
+        self._special = _any_of([t for t in markup if t.special])
+        self._markup = _any_of(markup)
+        self._byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__()) if self.backend.decoder else False
         self._header_ids = {}
         self.stop_token, self.stop_id = self._find_stop()
+        user = [{"role": "user", "content": "q"}]
+        prompts = {self._render(user, prompt=True, thinking=choice) for choice in (None, True, False)}
+        self._has_switch = len(prompts) > 1  # the template knows enable_thinking
+        thought = {"role": "assistant", "content": "a", "reasoning_content": _PROBE}
+        self._knows_thoughts = _PROBE in self._render([*user, thought])
 
     def _find_stop(self):
         user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}
         text = self._render([user, answer])
         after = text[text.index(_PROBE) + len(_PROBE) :]
-        stop = self._control.search(after)
+        stop = self._special.search(after)
         if not stop or after[: stop.start()].strip():
             raise ValueError("the chat template ends an assistant turn with no control token, so no stop can be learnt")
         return stop.group(), self.tokenizer.convert_tokens_to_ids(stop.group())
 
-    def _render(self, messages, tools=None, prompt=False):
+    def fingerprint(self):
+        """Text that changes when the same conversation would be encoded otherwise; for caches of tokens."""
+        return "|".join([self.backend.to_str(), str(self.tokenizer.chat_template), self.train_on, self.thinking])
+
+    def _render(self, messages, tools=None, prompt=False, thinking=None):
+        """The template's text; `thinking` is its variable enable_thinking (None: not given)."""
+        extra = {} if thinking is None else {"enable_thinking": thinking}
         return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, return_dict=False
+            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, return_dict=False, **extra
         )
 
+    # ------------------------------------------------------------------------------------------------------------------
+    # Conversation -> documents of text, with the character spans of the answers
+
     def encode(self, conversation):
-        """Documents of one conversation; see `encode_batch`."""
+        """One conversation; see `encode_batch`."""
         return self.encode_batch([conversation])[0]
 
     def encode_batch(self, conversations):
         """Encode many conversations with one call of the tokenizer.
 
         Returns:
-            For each conversation a list of documents: dicts with `input_ids` and `labels` (lists of int of equal
-            length, IGNORE_INDEX or the id) and `turns` (the supervised turns, counted from 1). Usually one document;
-            one for each supervised turn where the template rewrites history; none where no turn is supervised.
+            a list of Encoded.
         Raises:
-            jinja2.TemplateError: the template refuses the conversation.
-            ValueError: an answer cannot be told apart from its prompt.
+            jinja2.TemplateError: the template refuses a conversation.
+            ValueError: an answer cannot be told apart from its prompt, or is not what the message says.
         """
         drafts = [self._draft(conversation) for conversation in conversations]
         texts = _Texts()
         for draft in drafts:
             for document in draft.documents:
                 document.handle = texts.add(document.text, draft.sentinel)
-        texts.encode(self.tokenizer)
-        return [self._finish(draft, texts) for draft in drafts]
+        texts.encode(self.backend)
+        encoded = [Encoded(self._finish(draft, texts), draft.notes) for draft in drafts]
+        self._verify(drafts, encoded)
+        return encoded
 
     def _draft(self, conversation):
-        """Render a conversation: whole if every prompt is a prefix of it, else once for each supervised turn."""
+        """Render a conversation: whole if every prompt is the beginning of it, else once for each supervised turn."""
         messages, tools = conversation["messages"], conversation.get("tools")
         supervised = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
         if self.train_on == "last_turn":
             supervised = supervised[-1:]
-        messages, tools, sentinel = self._defused(messages, tools)
-        draft = _Draft(messages, tools, sentinel, supervised)
-        if not supervised:
-            return draft
-        whole = self._render(messages, tools)
-        spans = []
-        for i in supervised:
-            prompt = self._render(messages[:i], tools, prompt=True)
-            if not whole.startswith(prompt):
-                draft.documents = [self._single(draft, turn) for turn in supervised]
-                return draft
-            spans.append((len(prompt), self._answer_end(whole, len(prompt))))
-        draft.documents = [_Document(whole[: spans[-1][1]], spans, supervised)]
+        draft = _Draft(*self._defused([self._with_thought(m) for m in messages], tools))
+        if self.thinking == "auto" and not self._knows_thoughts:
+            draft.notes += [NO_THOUGHT] * any(messages[i].get("reasoning_content") for i in supervised)
+        first_user = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
+        draft.supervised = [i for i in supervised if i > first_user or self._has_prompt(draft, i)]
+        if len(draft.supervised) < len(supervised):
+            draft.notes.append(FIRST)
+        if draft.supervised:
+            draft.documents = self._whole(draft) or self._single_turns(draft)
         return draft
+
+    def _with_thought(self, message):
+        """An assistant message with its thought removed or, for a template that knows none, written into the text."""
+        if message["role"] != "assistant":
+            return message
+        content, thought = message["content"], message.get("reasoning_content")
+        inline = _THOUGHT.match(content)
+        if self.thinking == "auto" and self._knows_thoughts and inline and not inline.group(1).strip():
+            content = content[inline.end() :]
+        elif self.thinking in ("strip", "empty"):
+            content, thought = content[inline.end() :] if inline else content, None
+        elif not self._knows_thoughts:
+            if self.thinking == "keep" and thought:
+                content = f"<think>\n{thought}\n</think>\n\n{content}"
+            thought = None
+        return {**message, "content": content, "reasoning_content": thought} if thought else {
+            **{key: value for key, value in message.items() if key != "reasoning_content"}, "content": content}  # fmt: skip
+
+    def _has_prompt(self, draft, i):
+        """Whether serving could ask for a turn that no user message precedes."""
+        from jinja2 import TemplateError
+
+        if i == 0:
+            return False
+        try:
+            self._prompt(draft, i)
+            return True
+        except TemplateError:
+            return False
+
+    def _mode(self, message):
+        """The value of enable_thinking that serving would use to get this turn, None for its default."""
+        if not self._has_switch:
+            return None
+        if _thought_of(message):
+            return True
+        return False if self.thinking in ("auto", "empty") else None
+
+    def _prompt(self, draft, i):
+        """Text of the prompt of turn i, and the mode it was rendered in."""
+        mode = self._mode(draft.messages[i])
+        prompt = self._render(draft.messages[:i], draft.tools, prompt=True, thinking=mode)
+        if mode is None and self._has_switch and prompt.rstrip().endswith("<think>"):
+            return self._render(draft.messages[:i], draft.tools, prompt=True, thinking=False), False
+        return prompt, mode
+
+    def _whole(self, draft):
+        """One document with all supervised turns, or None where that would not be what serving sees."""
+        prompts = [self._prompt(draft, i) for i in draft.supervised]
+        modes = {mode for _, mode in prompts}
+        if len(modes) > 1:
+            return None
+        text, spans = self._render(draft.messages, draft.tools, thinking=modes.pop()), []
+        for (prompt, _), i in zip(prompts, draft.supervised, strict=True):
+            if not text.startswith(prompt):
+                return None
+            start, end = len(prompt), self._answer_end(text, len(prompt))
+            put_in = self._thought_put_in(draft.messages[i], text[start:end])
+            if put_in and i == draft.supervised[-1]:
+                text, end = text[:start] + text[start + put_in :], end - put_in
+            if put_in and i != draft.supervised[-1] or not _says(draft.messages[i], text[start:end]):
+                return None
+            spans.append((start, end))
+        return [_Document(text[: spans[-1][1]], spans, draft.supervised)]
+
+    def _single_turns(self, draft):
+        if len(draft.supervised) > 1:
+            draft.notes.append(SPLIT)
+        return [self._single(draft, i) for i in draft.supervised]
 
     def _single(self, draft, i):
         """One supervised turn as serving would see it: nothing after it exists yet."""
-        prompt = self._render(draft.messages[:i], draft.tools, prompt=True)
-        through = self._render(draft.messages[: i + 1], draft.tools)
-        if not through.startswith(prompt):
-            raise ValueError(f"turn {i + 1}: the chat template renders the answer differently from its prompt")
-        end = self._answer_end(through, len(prompt))
-        return _Document(through[:end], [(len(prompt), end)], [i])
+        message = draft.messages[i]
+        prompt, mode = self._prompt(draft, i)
+        text = self._render(draft.messages[: i + 1], draft.tools, thinking=mode)
+        if not text.startswith(prompt):
+            reason = "a prompt that opens a thought, which this turn lacks" if prompt.rstrip().endswith("<think>") else (
+                "an answer that does not follow its prompt")  # fmt: skip
+            raise ValueError(f"turn {i + 1}: the chat template renders {reason}")
+        start, end = len(prompt), self._answer_end(text, len(prompt))
+        answer = text[start:end]
+        answer = answer[self._thought_put_in(message, answer) :]
+        if not _says(message, answer):
+            if not _says({**message, "reasoning_content": None}, answer, but_thought=True):
+                raise ValueError(f"turn {i + 1}: the chat template leaves out part of this turn's text")
+            if NO_THOUGHT not in draft.notes:
+                draft.notes.append(NO_THOUGHT)
+        return _Document(prompt + answer, [(start, start + len(answer))], [i])
+
+    def _thought_put_in(self, message, answer):
+        """Length of an empty thought with which the template began the answer; the data did not have it."""
+        empty = _EMPTY_THOUGHT.match(answer)
+        return empty.end() if empty and not _EMPTY_THOUGHT.match(message["content"].lstrip()) else 0
 
     def _answer_end(self, text, start):
         # Control-token text inside contents is defused, so the first stop token is the template's own.
@@ -112,41 +234,36 @@ class ChatEncoder:
             raise ValueError("the chat template renders an assistant turn without its stop token")
         return end + len(self.stop_token)
 
+    # ------------------------------------------------------------------------------------------------------------------
+    # Text that looks like control tokens
+
     def _defused(self, messages, tools):
-        """Break control-token text in contents with a sentinel character, at which `_Texts` cuts the text again."""
-        if not self._has_control_text(messages) and not self._has_control_text(tools):
+        """Break control-token text in contents with a sentinel character, at which `_Texts` cuts the text again.
+
+        What users and tools say may hold no markup at all; system and assistant messages, which the user of this script
+        wrote, may hold tokens like <think> and <tool_call>, but none that ends or begins a turn.
+        """
+        patterns = [self._markup if m["role"] in ("user", "tool") else self._special for m in messages]
+        if not _contains(self._special, tools) and not any(map(_contains, patterns, messages)):
             return messages, tools, None
         everything = repr((messages, tools))
         sentinel = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything)
+        defused = [_broken(pattern, m, sentinel) for pattern, m in zip(patterns, messages, strict=True)]
+        return defused, _broken(self._special, tools, sentinel), sentinel
 
-        def defuse(value):
-            if isinstance(value, str):
-                return self._control.sub(lambda match: match.group()[0] + sentinel + match.group()[1:], value)
-            if isinstance(value, dict):
-                return {key: defuse(item) for key, item in value.items()}
-            return [defuse(item) for item in value] if isinstance(value, list) else value
-
-        return defuse(messages), defuse(tools), sentinel
-
-    def _has_control_text(self, value):
-        if isinstance(value, str):
-            return self._control.search(value) is not None
-        if isinstance(value, dict):
-            return any(self._has_control_text(item) for item in value.values())
-        return any(self._has_control_text(item) for item in value) if isinstance(value, list) else False
+    # ------------------------------------------------------------------------------------------------------------------
+    # Documents of text -> ids and labels
 
     def _finish(self, draft, texts):
         documents = []
         for document in draft.documents:
             borders = [self._border(document, span, texts) for span in document.spans]
             if all(borders):
-                ids = texts.ids(document.handle)
-                labels = [IGNORE_INDEX] * len(ids)
-                for start, end in borders:
-                    labels[start:end] = ids[start:end]
-                documents.append(_row(ids, labels, document.turns))
-            else:  # some prompt and answer would merge into one token: tokenise them apart, as serving does
-                documents += [self._apart(self._single(draft, i), draft.sentinel) for i in document.turns]
+                documents.append(_row(texts.ids(document.handle), borders, document.turns))
+                continue
+            # Some prompt and answer would merge into one token: tokenise them apart, as serving does.
+            singles = [document] if len(document.turns) == 1 else self._single_turns(draft)
+            documents += [self._apart(single, draft.sentinel) for single in singles]
         return documents
 
     def _border(self, document, span, texts):
@@ -154,27 +271,102 @@ class ChatEncoder:
         start, end = (texts.token_at(document.handle, char) for char in span)
         if start is None or end is None:
             return None
-        header = document.text[: span[0]]
-        last = None
-        for last in self._control.finditer(header, max(0, len(header) - 200)):
-            pass
-        header = header[last.start() if last else 0 :]
-        if header not in self._header_ids:
-            self._header_ids[header] = self._plain(header)
-        alone = self._header_ids[header]
+        # A control token cuts the text for the tokenizer, so only what follows the last one needs to be looked at.
+        tail = document.text[max(0, span[0] - 200) : span[0]]
+        matches = list(self._special.finditer(tail))
+        header = tail[matches[-1].start() :] if matches else document.text[: span[0]]
+        alone = self._header_ids.get(header)
+        if alone is None:
+            alone = self._ids(header)
+            if len(header) <= 200:
+                self._header_ids[header] = alone
         return (start, end) if texts.ids(document.handle)[start - len(alone) : start] == alone else None
 
     def _apart(self, document, sentinel):
         (start, end), text = document.spans[0], document.text
-        prompt, answer = ([i for part in t.split(sentinel) for i in self._plain(part)] if sentinel else self._plain(t)
-                          for t in (text[:start], text[start:end]))  # fmt: skip
-        return _row(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, document.turns)
+        parts = [self._ids(text[:start], sentinel), self._ids(text[start:end], sentinel)]
+        return _row(sum(parts, []), [(len(parts[0]), len(parts[0]) + len(parts[1]))], document.turns)
 
-    def _plain(self, text):
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    def _ids(self, text, sentinel=None):
+        parts = text.split(sentinel) if sentinel else [text]
+        return [i for part in parts for i in self.backend.encode(part, add_special_tokens=False).ids]
+
+    def _verify(self, drafts, encoded):
+        """Every supervised run of ids decodes to the answer's text: the last guard against labels on other tokens."""
+        learnt, wanted, places = [], [], []
+        for number, (draft, row) in enumerate(zip(drafts, encoded, strict=True)):
+            texts = {turn: document.text[start:end] for document in draft.documents
+                     for turn, (start, end) in zip(document.turns, document.spans, strict=True)}  # fmt: skip
+            for document in row.documents:
+                for turn, (start, end) in zip(document["turns"], supervised_runs(document["labels"]), strict=True):
+                    learnt.append(document["input_ids"][start:end])
+                    text = texts[turn - 1]
+                    wanted.append(text.replace(draft.sentinel, "") if draft.sentinel else text)
+                    places.append((number, turn))
+        normalizer = self.backend.normalizer
+        for found, text, (_, turn) in zip(self._decoded(learnt), wanted, places, strict=True):
+            if found != text and not self._same(found, normalizer.normalize_str(text) if normalizer else text):
+                raise ValueError(f"turn {turn}: the labels read {found!r:.200}, the turn says {text!r:.200}")
+
+    def _decoded(self, sequences):
+        return self.backend.decode_batch(sequences, skip_special_tokens=False)
+
+    def _same(self, found, text):
+        # Decoders other than byte-level ones drop or add spaces beside control tokens.
+        return found == text or not self._byte_level and "".join(found.split()) == "".join(text.split())
 
 
-def _row(ids, labels, turns):
+def supervised_runs(labels):
+    """(start, end) of every unbroken run of labels that are not IGNORE_INDEX."""
+    runs, start = [], None
+    for position, label in enumerate(labels):
+        if label != IGNORE_INDEX and start is None:
+            start = position
+        elif label == IGNORE_INDEX and start is not None:
+            runs.append((start, position))
+            start = None
+    return runs if start is None else [*runs, (start, len(labels))]
+
+
+def _any_of(tokens):
+    ordered = sorted({str(token) for token in tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+def _contains(pattern, value):
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, dict):
+        return any(_contains(pattern, item) for item in value.values())
+    return any(_contains(pattern, item) for item in value) if isinstance(value, list) else False
+
+
+def _broken(pattern, value, sentinel):
+    if isinstance(value, str):
+        return pattern.sub(lambda match: match.group()[0] + sentinel + match.group()[1:], value)
+    if isinstance(value, dict):
+        return {key: _broken(pattern, item, sentinel) for key, item in value.items()}
+    return [_broken(pattern, item, sentinel) for item in value] if isinstance(value, list) else value
+
+
+def _thought_of(message):
+    """The thought of an assistant message, "" if it has none."""
+    inline = _THOUGHT.match(message["content"])
+    return (message.get("reasoning_content") or (inline.group(1) if inline else "")).strip()
+
+
+def _says(message, answer, but_thought=False):
+    """Whether a rendered answer holds the message's text, thought and calls, spaces at their ends aside."""
+    inline = _THOUGHT.match(message["content"])
+    text = message["content"][inline.end() :] if inline else message["content"]
+    calls = [call["function"]["name"] for call in message.get("tool_calls") or []]
+    return (but_thought or _thought_of(message) in answer) and text.strip() in answer and all(c in answer for c in calls)
+
+
+def _row(ids, spans, turns):
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
     return {"input_ids": ids, "labels": labels, "turns": [turn + 1 for turn in turns]}
 
 
@@ -187,9 +379,9 @@ class _Document:
 
 
 class _Draft:
-    def __init__(self, messages, tools, sentinel, supervised):
-        self.messages, self.tools, self.sentinel, self.supervised = messages, tools, sentinel, supervised
-        self.documents = []
+    def __init__(self, messages, tools, sentinel):
+        self.messages, self.tools, self.sentinel = messages, tools, sentinel
+        self.supervised, self.documents, self.notes = [], [], []
 
 
 class _Texts:
@@ -211,8 +403,8 @@ class _Texts:
         self._handles.append((first, offsets))
         return len(self._handles) - 1
 
-    def encode(self, tokenizer):
-        self._encodings = tokenizer.backend_tokenizer.encode_batch(self._pieces, add_special_tokens=False)
+    def encode(self, backend):
+        self._encodings = backend.encode_batch(self._pieces, add_special_tokens=False)
 
     def ids(self, handle):
         first, offsets = self._handles[handle]

@@ -2,80 +2,110 @@
 
     python data/make_data.py
 
-Entities (people, companies, products, places, streets) come from two lists without overlap, one for each file; a run
-checks that no held-out entity occurs in the training text.
+Entities (people, companies, products, cities, events, venues) are made of words from two lists without overlap, one for
+each file; a run checks that no held-out word occurs in the training text.
 """
 
 import json
 import pathlib
 import random
+import re
 
-TRAIN_ROWS, HELD_OUT_ROWS, SEED = 480, 60, 2026
+TRAIN_ROWS, HELD_OUT_ROWS, SEED = 400, 60, 2026
 FOLDER = pathlib.Path(__file__).resolve().parent
 
-# Each pool is (training entities, held-out entities).
-POOLS = {
-    "person": (
-        "Anna Berg|Tom Fischer|Lucia Romano|Omar Haddad|Mei Tanaka|Peter Novak|Sara Lindgren|Ivan Petrov|Grace Okafor|"
-        "David Cohen|Elena Popescu|Marc Dubois|Julia Weber|Hugo Silva|Nina Kowalski|Adam Clark|Rosa Jimenez|Leo Brandt|"
-        "Fatima Zahra|Karl Jensen|Maya Patel|Noah Smith|Emma Laurent|Victor Ruiz|Hanna Virtanen|Paul Meyer|"
-        "Sofia Costa|Ben Walker|Lena Schulz|Jonas Keller|Aisha Khan|Erik Olsen|Clara Moreau|Daniel Park|Irina Sokolova",
-        "Greta Holm|Samuel Ortega|Priya Nair|Felix Wagner|Amelia Stone|Bruno Marino|Zoe Martin|Tariq Aziz|"
-        "Ingrid Dahl|Oscar Vega|Naomi Frank|Ruth Adler",
+# Each list is (words of training entities, words of held-out entities). Entities are drawn from many words, so that the
+# model learns to copy what it reads and not to choose among names that it has seen.
+WORDS = {
+    "first": (
+        "Anna Tom Lucia Omar Mei Peter Sara Ivan Grace David Elena Marc Julia Hugo Nina Adam Rosa Leo Fatima Karl Maya "
+        "Noah Emma Victor Hanna Paul Sofia Ben Lena Jonas Aisha Erik Clara Daniel Irina Walter Yusuf Olga Pedro Kim "
+        "Teresa Magnus Joan Arthur Bella Chen Dora Edgar Flora Gustav Helen Isaac Jana Kofi Lydia Mario Nadia Otto "
+        "Paula Quentin Rita Simon Tara Umberto Vera Wendy Xavier Yara Zeno",
+        "Greta Samuel Priya Felix Amelia Bruno Zoe Tariq Ingrid Oscar Naomi Ruth",
     ),
-    "company": (
-        "Northwind|Blue Harbor|Acme Tools|Solaris Energy|Bright Labs|Green Valley Farms|Metro Print|Delta Logistics|"
-        "Silver Oak|Pixel Forge|Iron Bridge|Cloud Nine|Red Maple|Sunrise Foods|Stone & Co|Lakeside Media|Atlas Motors|"
-        "Orbit Systems|Golden Gate Travel|Quick Parcel|Pure Water|Terra Nova|Alpine Sports|Crystal Clean|Summit Bank",
-        "Falcon Freight|Willow Books|Coral Bay|Granite Works|Polar Optics|Amber Dental|Meadow Dairy|Swift Cargo",
+    "last": (
+        "Berg Fischer Romano Haddad Tanaka Novak Lindgren Petrov Okafor Cohen Popescu Dubois Weber Silva Kowalski Clark "
+        "Jimenez Brandt Jensen Patel Smith Laurent Ruiz Virtanen Meyer Costa Walker Schulz Keller Khan Olsen Moreau Park "
+        "Lopez Nguyen Hughes Ito Barros Quinn Ferreira Lang Dogan Reyes Svensson Baker Molina Fontaine Grant Hoffman "
+        "Ivanov Jones Klein Lambert Murphy Nowak Pereira Rossi Sato Turner Urban Vogel Winter Yilmaz Zimmer",
+        "Holm Ortega Nair Wagner Stone Marino Martin Aziz Dahl Vega Frank Adler",
     ),
-    "product": (
-        "desk lamp|office chair|water bottle|running shoes|coffee grinder|phone case|garden hose|wool scarf|bike helmet|"
-        "laptop stand|tea kettle|wall clock|travel pillow|rain jacket|paper shredder|yoga mat|tool box|bread knife|"
-        "photo frame|desk fan|camping tent|hand mixer|shower curtain|pencil case|music stand|floor mat",
-        "picnic basket|reading lamp|hiking boots|soup bowl|winter gloves|storage box|kitchen scale|alarm clock",
+    "firm": (
+        "Northwind Harbor Acme Solaris Bright Green Metro Delta Silver Pixel Iron Cloud Red Sunrise Copper Lakeside "
+        "Atlas Orbit Golden Quick Pure Terra Alpine Crystal Summit Maple Velvet Urban Royal Prime Ocean Nova Lunar "
+        "Jade Indigo Horizon Forest Eagle Diamond Canyon",
+        "Falcon Willow Coral Granite Polar Amber Meadow Swift",
+    ),
+    "trade": (
+        "Tools Energy Labs Farms Print Logistics Forge Bridge Foods Media Motors Systems Travel Parcel Water Sports "
+        "Bank Books Dental Optics Fabrics Garden Security Shipping Studio Trading Wines Paper",
+        "Freight Bakery Works Dairy Cargo Robotics",
+    ),
+    "quality": (
+        "desk office travel garden rain winter summer steel wooden folding electric pocket kitchen baby camping beach "
+        "leather paper glass silver cotton bath party floor wall studio school music",
+        "picnic hiking reading plastic copper velvet",
+    ),
+    "thing": (
+        "lamp chair bottle shoes grinder case hose scarf helmet stand kettle clock pillow jacket shredder mat box knife "
+        "frame fan tent mixer curtain brush shelf towel table cup radio bag mirror plate ladder rug",
+        "basket boots bowl gloves scale hammock",
     ),
     "city": (
-        "Berlin|Paris|Madrid|Rome|Oslo|Vienna|Dublin|Lisbon|Prague|Warsaw|Athens|Helsinki|Boston|Denver|Chicago|Seattle|"
-        "Toronto|Tokyo|Seoul|Sydney|Geneva|Hamburg|Milan|Porto|Austin|Dallas|Atlanta|Montreal",
-        "London|Munich|Zurich|Vancouver|Naples|Portland|Brussels|Stockholm|Houston|Barcelona",
+        "Berlin Paris Madrid Rome Oslo Vienna Dublin Lisbon Prague Warsaw Athens Helsinki Boston Denver Chicago Seattle "
+        "Toronto Tokyo Seoul Sydney Geneva Hamburg Milan Porto Austin Dallas Atlanta Montreal Cairo Delhi Lima Bogota "
+        "Quito Havana Nairobi Lagos Dakar Tunis Riga Tallinn Vilnius Sofia Zagreb Belgrade Bern Basel Lyon Nice Turin "
+        "Genoa Seville Malaga Leeds Bristol Cardiff Glasgow Utrecht Bremen Dresden Krakow Gdansk Tampa Omaha Boise "
+        "Reno Memphis Calgary Kyoto Osaka Busan Perth Darwin Hanoi Manila Jakarta Mumbai",
+        "London Munich Zurich Vancouver Naples Portland Brussels Stockholm Houston Barcelona",
     ),
-    "event": (
-        "Spring Concert|Budget Review|Team Lunch|Book Club|Design Workshop|Science Fair|Charity Run|Open House|"
-        "Product Launch|Safety Training|Film Night|Garden Party|Job Fair|Chess Evening|Press Briefing|Board Meeting",
-        "Poetry Evening|Harvest Market|Sales Meeting|Art Auction|Safety Drill|Summer Picnic",
+    "topic": (
+        "Spring Budget Team Book Design Science Charity Safety Film Garden Job Chess Press Board Winter Music Sales "
+        "Travel Photo Health History Cooking Family Startup",
+        "Poetry Harvest Art Robot Jazz Summer",
     ),
-    "venue": (
-        "Room 12|City Hall|the Old Library|Hall B|the Blue Cafe|Riverside Park|Studio 4|the Town Theatre|Room 204|"
-        "the Sports Center|Gallery West|the Main Office|Hotel Astoria|the Green Room",
-        "Room 310|Hall D|the Lake House|the Grand Hotel|Studio 9|the East Garden",
+    "meeting": (
+        "Concert Review Lunch Club Workshop Fair Run Launch Training Night Party Evening Briefing Meeting Festival Tour "
+        "Debate Camp Dinner Quiz Talk",
+        "Market Auction Picnic Seminar Drill Parade",
     ),
+    "hall": ("Room Hall Studio Gallery Cafe Library Tower Terrace Court Salon", "Lounge Arena Loft Chapel"),
 }
 MONTHS = "January February March April May June July August September October November December".split()
 
 
-def pools(part):
-    """The entity lists for part 0 (training) or 1 (held out)."""
-    return {name: lists[part].split("|") for name, lists in POOLS.items()}
+def entities(part, rng):
+    """A function that draws an entity of a kind, of training words (part 0) or held-out words (part 1)."""
+    words = {name: lists[part].split() for name, lists in WORDS.items()}
+    kinds = {
+        "person": ("first", "last"), "company": ("firm", "trade"), "product": ("quality", "thing"), "city": ("city",),
+        "event": ("topic", "meeting"),
+    }  # fmt: skip
+
+    def pick(kind):
+        if kind == "venue":
+            return f"{rng.choice(words['hall'])} {rng.choice('ABCDEFGH')}{rng.randint(1, 40)}"
+        return " ".join(rng.choice(words[name]) for name in kinds[kind])
+
+    return pick
 
 
 def contact(pick, rng):
     name, company = pick("person"), pick("company")
-    user, host = name.lower().replace(" ", "."), company.lower().replace(" & ", "").replace(" ", "")
     fields = {
         "name": name,
         "company": company,
-        "email": f"{user}@{host}.com",
         "phone": f"{rng.randint(200, 999)}-{rng.randint(1000, 9999)}",
     }
     texts = [
-        "Hi, this is {name} from {company}. You can reach me at {email} or call {phone}.",
-        "{company} has a new contact: {name}, phone {phone}, email {email}.",
-        "Please write to {email}. Kind regards, {name}, {company}, tel. {phone}",
-        "Spoke with {name} today ({company}). Number: {phone}. Mail: {email}.",
-        "de: Guten Tag, mein Name ist {name} von {company}. Meine Nummer ist {phone}, meine E-Mail {email}.",
-        "es: Hola, soy {name} de {company}. Mi correo es {email} y mi teléfono es {phone}.",
-        "zh: 您好，我是{company}的{name}，电话{phone}，邮箱{email}。",
+        "Hi, this is {name} from {company}. You can call me at {phone}.",
+        "{company} has a new contact: {name}, phone {phone}.",
+        "Kind regards, {name}, {company}, tel. {phone}",
+        "Spoke with {name} today ({company}). Number: {phone}.",
+        "de: Guten Tag, hier {name} von {company}. Meine Nummer ist {phone}.",
+        "es: Hola, soy {name} de {company}. Mi teléfono es {phone}.",
+        "zh: 您好，我是{company}的{name}，电话{phone}。",
     ]
     return fields, texts
 
@@ -117,13 +147,10 @@ def event(pick, rng):
 
 
 def booking(pick, rng):
-    start = pick("city")
-    fields = {
-        "passenger": pick("person"),
-        "from": start,
-        "to": pick("city", start),
-        "seats": rng.randint(1, 9),
-    }
+    start, end = pick("city"), pick("city")
+    while end == start:
+        end = pick("city")
+    fields = {"passenger": pick("person"), "from": start, "to": end, "seats": rng.randint(1, 9)}
     texts = [
         "{passenger} wants to travel from {from} to {to}, {seats} seats in total.",
         "Book {seats} seats to {to} for {passenger}; departure is {from}.",
@@ -136,20 +163,20 @@ def booking(pick, rng):
 
 
 KINDS = {"contact": contact, "order": order, "event": event, "booking": booking}
-OPTIONAL = {"contact": {"phone": ["Hi, this is {name} from {company}. You can reach me at {email}.",
-                                  "New contact at {company}: {name}, email {email}. No number so far."]},
+OPTIONAL = {"contact": {"phone": ["Hi, this is {name} from {company}. I will send you my number later.",
+                                  "New contact at {company}: {name}. No number so far."]},
             "event": {"time": ["The {title} takes place on {date} in {place}. The time will follow.",
                                "Save the date: {title}, {date}, {place}."]}}  # fmt: skip
 SYSTEMS = [
     None,
-    "You extract data. Answer with JSON only.",
-    "You turn text into JSON that follows the given schema.",
+    "Answer with JSON only.",
+    "You turn text into JSON.",
 ]
 ASKS = [
-    "Extract the fields {schema} as JSON.\n\n{text}",
-    "Text: {text}\n\nReturn a JSON object with {schema}.",
-    "{text}\n\nGive me {schema} from this text, as JSON.",
-    "Read this message and fill in {schema}. Use null for what is missing.\n\n{text}",
+    "Extract {schema} as JSON: {text}",
+    "{text}\n\nJSON with {schema}:",
+    "{text}\n\nGive me {schema} as JSON.",
+    "Fill in {schema}, null for what is missing.\n\n{text}",
 ]
 CORRECTIONS = [
     "Sorry, {field} must be {value}.",
@@ -158,12 +185,8 @@ CORRECTIONS = [
 ]
 
 
-def row(rng, names, foreign=False, gap=False, correction=False):
+def row(rng, pick, foreign=False, gap=False, correction=False):
     """One conversation of one, or with a correction two, assistant turns."""
-
-    def pick(pool, other=None):
-        return rng.choice([name for name in names[pool] if name != other])
-
     kind = rng.choice(list(OPTIONAL) if gap else list(KINDS))
     fields, texts = KINDS[kind](pick, rng)
     text = rng.choice([text for text in texts if foreign == (text[2] == ":")])
@@ -179,7 +202,7 @@ def row(rng, names, foreign=False, gap=False, correction=False):
     ]
     if correction:
         other, _ = KINDS[kind](pick, rng)
-        field = rng.choice([field for field in fields if other[field] != fields[field] and field != "email"])
+        field = rng.choice([field for field in fields if other[field] != fields[field]])
         ask = rng.choice(CORRECTIONS).format(field=field, value=other[field])
         fields[field] = other[field]
         messages += [
@@ -192,11 +215,11 @@ def row(rng, names, foreign=False, gap=False, correction=False):
 
 def rows(count, part):
     """`count` different conversations: 1 in 8 in another language, 1 in 8 with a gap, 1 in 6 with a correction."""
-    rng, names = random.Random(SEED + part), pools(part)
-    result = []
+    rng = random.Random(SEED + part)
+    pick, result = entities(part, rng), []
     while len(result) < count:
         i = len(result)
-        made = row(rng, names, foreign=i % 8 == 3, gap=i % 8 == 6, correction=i % 6 == 5 and i % 8 not in (3, 6))
+        made = row(rng, pick, foreign=i % 8 == 3, gap=i % 8 == 6, correction=i % 6 == 5 and i % 8 not in (3, 6))
         if made not in result:
             result.append(made)
     rng.shuffle(result)
@@ -206,10 +229,10 @@ def rows(count, part):
 def main():
     train, held_out = rows(TRAIN_ROWS, 0), rows(HELD_OUT_ROWS, 1)
     seen = "".join(message["content"] for made in train for message in made["messages"])
-    for pool, (_, unseen) in POOLS.items():
-        for entity in unseen.split("|"):
-            if entity in seen:
-                raise SystemExit(f"the held-out {pool} {entity!r} occurs in the training text")
+    for name, (_, unseen) in WORDS.items():
+        for word in unseen.split():
+            if re.search(rf"\b{word}\b", seen):
+                raise SystemExit(f"the held-out word {word!r} ({name}) occurs in the training text")
     for name, made in (("train", train), ("validation", held_out)):
         with open(FOLDER / f"{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in made)

@@ -1,0 +1,60 @@
+"""What this machine computes fastest in, and how much room it has."""
+
+import functools
+import os
+import shutil
+import time
+
+import torch
+
+
+@functools.lru_cache
+def best_dtype(cpu):
+    """Fastest precision that trains well here: bfloat16, float16 (GPUs before Ampere) or float32.
+
+    On a CPU that knows bfloat16 the two are timed for some hundredths of a second: between processors with the same
+    instructions, bfloat16 runs at four times or at half the speed of float32.
+    """
+    if not cpu:
+        return torch.bfloat16 if has_bf16(cpu) else torch.float16
+    if has_bf16(cpu) and 1.3 * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32):
+        return torch.bfloat16
+    return torch.float32
+
+
+def has_bf16(cpu):
+    """Whether the CPU, or the GPU, has instructions for bfloat16; without them it is emulated, and very slow."""
+    if cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _matmul_seconds(dtype, repeats=8):
+    left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)  # the first ones choose a kernel and wake the threads
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def free_memory(device):
+    """Free bytes on a GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # comes with accelerate
+
+    return psutil.virtual_memory().available
+
+
+def free_disk(folder):
+    """Free bytes where `folder` lies or will lie."""
+    folder = os.path.abspath(folder)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free

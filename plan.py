@@ -1,0 +1,162 @@
+"""What a run will do, said before it starts: each number with what it comes from."""
+
+import math
+
+import numpy as np
+import torch
+
+from conversations import UserError
+from hardware import dtype_name, free_disk, free_memory
+
+GB = 1e9
+
+
+def describe(trainer, compute_dtype, lora_args):
+    """The block of lines printed before training.
+
+    Raises:
+        UserError: a checkpoint would not fit on the disk.
+    """
+    args, model = trainer.args, trainer.model
+    facts = {
+        "model": _model(model, compute_dtype),
+        "trained": _trained(model, args, lora_args),
+        "training rows": _rows(trainer.train_dataset, args.model_max_length),
+    }
+    for name, dataset in (trainer.eval_dataset or {}).items():
+        facts[f"evaluation rows ({name})"] = _rows(dataset, args.model_max_length)
+    facts["steps"] = _steps(trainer)
+    facts["memory"] = _memory(trainer, compute_dtype, lora_args)
+    facts["disk"] = _disk(trainer)
+    return "\n".join(f"{name}: {text}" for name, text in facts.items())
+
+
+def _model(model, compute_dtype):
+    config = model.config.get_text_config()
+    computed = dtype_name(compute_dtype)
+    return (
+        f"{config._name_or_path}, {config.model_type}, {config.num_hidden_layers} layers, "
+        f"window {config.max_position_embeddings}, attention {config._attn_implementation}, computed in {computed}"
+    )
+
+
+def _trained(model, args, lora_args):
+    trainable, total = parameters(model)
+    kind = "all weights, float32 masters"
+    if args.use_lora:
+        config = model.peft_config["default"]
+        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {', '.join(sorted(config.target_modules))}"
+        kind += ", base in 4 bits (NF4)" * lora_args.q_lora
+    return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
+
+
+def parameters(model):
+    """(trainable, all) parameters of a model; 4-bit weights count as what they hold."""
+    counts = [(p.requires_grad, p.numel() * 2 if p.dtype == torch.uint8 else p.numel()) for p in model.parameters()]
+    return sum(n for grad, n in counts if grad), sum(n for _, n in counts)
+
+
+def _rows(dataset, max_length):
+    """How many conversations were read, kept, dropped and why, and what they hold."""
+    total = len(dataset.conversations)
+    shapes = ", ".join(f"{name} ({shape})" for name, shape in dataset.conversations.shapes().items())
+    lines = [f"{total:,} read from {shapes}"]
+    if dataset.examined < total:
+        lines.append(f"figures of the first {dataset.examined:,}, the others are looked at when their turn comes")
+    lines.append(f"{len(dataset.kept):,} kept")
+    for reason, numbers in dataset.dropped.items():
+        places = ", ".join(dataset.conversations.where(number) for number in numbers[:5])
+        lines.append(f"{len(numbers):,} dropped, {reason}: {places}{', ...' * (len(numbers) > 5)}")
+    lines += [f"{count:,} {note}" for note, count in dataset.notes.items()]
+    share = dataset.supervised / max(dataset.tokens, 1)
+    lines.append(f"{dataset.tokens:,} tokens, {dataset.supervised:,} of them supervised ({share:.0%})")
+    half, most, nearly, longest = (int(x) for x in np.percentile(dataset.lengths, [50, 90, 99, 100]))
+    text = f"lengths: half up to {half}, 90 % up to {most}, 99 % up to {nearly}, the longest {longest} tokens"
+    lines.append(text + f", --model_max_length {max_length}")
+    if len(dataset.dropped.get(f"longer than {max_length} tokens", [])) > 0.01 * dataset.examined:
+        lines.append(f"--model_max_length {nearly} would keep 99 %")
+    return "\n  ".join(lines)
+
+
+def steps(trainer):
+    """(optimizer steps, steps an epoch, warm-up steps) as the Trainer will take them."""
+    args = trainer.args
+    micro_batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
+    epoch = max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
+    total = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
+    return total, epoch, args.get_warmup_steps(total)
+
+
+def _steps(trainer):
+    args = trainer.args
+    total, epoch, warmup = steps(trainer)
+    text = (
+        f"{len(trainer.train_dataset):,} rows / ({args.train_batch_size} a device x {args.gradient_accumulation_steps} "
+        f"accumulated x {args.world_size} ranks) = {epoch:,} an epoch x {args.num_train_epochs:g} epochs = {total:,} "
+        f"optimizer steps"
+    )
+    if args.max_steps > 0:
+        text = f"{total:,} optimizer steps (--max_steps), {epoch:,} an epoch"
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    text += f", {warmup:,} of them warm-up to a learning rate of {args.learning_rate:g}, then {kind}"
+    return text + ("; few steps: the model may learn little, raise --num_train_epochs" if total < 50 else "")
+
+
+def activation_bytes(config, dtype, lora, dropout):
+    """Bytes that one token keeps per layer between forward and backward, for Qwen2-like layers.
+
+    From counting what autograd saves: about 4 tensors of the MLP's width and 10 of the hidden size in the computing
+    precision; in half precision also the float32 copies made by the norms and by the adapters; with dropout a mask and
+    a copy of every adapter's input.
+    """
+    wide, hidden, size = config.intermediate_size, config.hidden_size, dtype.itemsize
+    heads = config.num_key_value_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    kept = size * (4 * wide + 10 * hidden + 2 * heads)
+    if size == 2:
+        kept += 2 * wide + 18 * hidden if lora else 4 * hidden
+    return kept + (5 * (wide + 6 * hidden) if lora and dropout else 0)
+
+
+def _memory(trainer, compute_dtype, lora_args):
+    """Estimated peak of training on one device, by its parts, against what is free now (the weights being loaded)."""
+    args, model = trainer.args, trainer.model
+    config = model.config.get_text_config()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trainable, _ = parameters(model)
+    optimizer = trainable * (4 + 8)  # float32 gradients and AdamW's two averages
+    lengths = np.minimum(np.sort(trainer.train_dataset.lengths)[-args.train_batch_size :], args.model_max_length)
+    longest = int(lengths.sum())
+    per_layer = activation_bytes(config, compute_dtype, args.use_lora, lora_args.lora_dropout)
+    layers = config.num_hidden_layers
+    if args.gradient_checkpointing:
+        activations = longest * (layers * config.hidden_size * compute_dtype.itemsize + per_layer)
+    else:
+        activations = longest * layers * per_layer
+    supervised = trainer.train_dataset.supervised / max(trainer.train_dataset.tokens, 1)
+    logits = int(longest * supervised) * config.vocab_size * (compute_dtype.itemsize + 8)
+    total = weights + optimizer + activations + logits
+    free = free_memory(args.device)
+    text = (
+        f"about {total / GB:.2f} GB = weights {weights / GB:.2f} + gradients and optimizer {optimizer / GB:.2f} + "
+        f"activations {activations / GB:.2f} and logits {logits / GB:.2f} of the {len(lengths)} longest rows "
+        f"({longest:,} tokens); {free / GB:.1f} GB free besides the weights"
+    )
+    if total - weights > free:
+        text += "; this may not fit: lower --per_device_train_batch_size or --model_max_length, set "
+        text += "--gradient_checkpointing, or train with --q_lora"
+    return text
+
+
+def _disk(trainer):
+    args = trainer.args
+    trainable, _ = parameters(trainer.model)
+    size, free = trainable * (4 + 8), free_disk(args.output_dir)  # float32 weights and AdamW's two averages
+    if size > free:
+        raise UserError(
+            f"--output_dir {args.output_dir}: a checkpoint takes about {size / GB:.1f} GB and {free / GB:.1f} GB are free; "
+            "choose another disk."
+        )
+    kept = f"at most {args.save_total_limit} are kept" if args.save_total_limit else "all are kept"
+    if args.save_strategy == "no":
+        kept = "none is written (--save_strategy no)"
+    return f"a checkpoint takes about {size / GB:.2f} GB, {kept}; {free / GB:.0f} GB free at {args.output_dir}"
