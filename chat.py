@@ -35,7 +35,8 @@ def main():
             continue
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        (reply,) = evaluate.answer(model, tokenizer, [prompt], stop_id, args.max_new_tokens)
+        asked = evaluate.Question(prompt, [], "", messages)
+        (reply,) = evaluate.answer(model, tokenizer, [asked], stop_id, args.max_new_tokens)
         print(reply)
         messages.append({"role": "assistant", "content": reply})
 

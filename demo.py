@@ -52,7 +52,7 @@ def run(stage, seconds):
     held_out = [source[i] for i in range(len(source))]
 
     def measure(folder):
-        return evaluate.measure(*evaluate.load(folder), held_out, max_new_tokens=80, batch_size=30)
+        return evaluate.measure(*evaluate.load(folder), held_out, max_new_tokens=64, batch_size=60)
 
     before, answers_before, asked = stage("measure before", measure, model)
     argv = ["--model_name_or_path", model, *(word for pair in TRAINING.items() for word in pair)]
@@ -65,10 +65,10 @@ def run(stage, seconds):
     for name in ("exact_match", "valid_json", "eval_loss"):
         print(f"  {name:<24} {before[name]:8.4f} {after[name]:8.4f}")
     for i in range(3):
-        print(f"\nprompt: {asked[i][2][-1]['content']}")
+        print(f"\nprompt: {asked[i].messages[-1]['content']}")
         print(f"before: {answers_before[i].strip()[:200]}")
         print(f"after:  {answers_after[i]}")
-        print(f"wanted: {asked[i][1]}")
+        print(f"wanted: {asked[i].reference}")
     print(f"\nadapter       {OUTPUT} (best by held-out loss: {OUTPUT}/best)")
     print(f"merged model  {OUTPUT}-merged (differs from the adapter by {difference:.1e} in probability)")
     print(f"loss curve    {OUTPUT}/loss.png")

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +21,7 @@ import cli
 from batches import Collator, supervised_loss
 from conversations import Conversations, UserError
 from hardware import best_dtype
-from tokens import IGNORE_INDEX, ChatEncoder
+from tokens import ChatEncoder, supervised_runs
 
 
 def load(folder, dtype=None):
@@ -52,32 +53,39 @@ def load(folder, dtype=None):
     return model.eval().to("cpu" if cpu else "cuda"), tokenizer
 
 
-def prompts(conversations, tokenizer):
-    """For each conversation the ids of the prompt of its last assistant turn, and that turn's own text.
+class Question(NamedTuple):
+    """A prompt in tokens, the answer that the data gives, as ids and as text, and the messages before it."""
 
-    Conversations without an assistant turn are left out.
-    """
-    encoder = ChatEncoder(tokenizer, "last_turn")
+    prompt_ids: list
+    reference_ids: list
+    reference: str
+    messages: list
+
+
+def questions(conversations, encoder):
+    """One Question for the last assistant turn of each conversation; those without one are left out."""
+    last_turn = ChatEncoder(encoder.tokenizer, "last_turn", encoder.thinking)
     result = []
-    for conversation, encoded in zip(conversations, encoder.encode_batch(conversations), strict=True):
+    for conversation, encoded in zip(conversations, last_turn.encode_batch(conversations), strict=True):
         for document in encoded.documents:
-            start = next(i for i, label in enumerate(document["labels"]) if label != IGNORE_INDEX)
+            ids, ((start, end),) = document["input_ids"], supervised_runs(document["labels"])
+            reference = encoder.tokenizer.decode(ids[start : end - 1], clean_up_tokenization_spaces=False)
             turn = document["turns"][-1] - 1
-            messages = conversation["messages"]
-            result.append((document["input_ids"][:start], messages[turn]["content"], messages[:turn]))
-    return result, encoder.stop_id
+            result.append(Question(ids[:start], ids[start:end], reference, conversation["messages"][:turn]))
+    return result
 
 
 @torch.no_grad()
-def answer(model, tokenizer, prompt_ids, stop_id, max_new_tokens=256, batch_size=16):
-    """Greedy answers, as text without the stop token, to a list of prompts (lists of ids).
+def answer(model, tokenizer, asked, stop_id, max_new_tokens=256, batch_size=16):
+    """Greedy answers, as text without the stop token, to a list of Questions.
 
     Prompts of similar length share a batch, padded on the left and masked.
     """
     training, cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True
-    answers = [None] * len(prompt_ids)
+    prompt_ids = [question.prompt_ids for question in asked]
+    answers = [None] * len(asked)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -135,16 +143,11 @@ def load_metric(name):
     return getattr(module, function)
 
 
-def score(answers, asked, metric=None):
-    """Means over all answers: exact_match and valid_json, and `metric` where one is given."""
-    references = [reference for _, reference, _ in asked]
-    result = {
-        "exact_match": sum(a.strip() == r.strip() for a, r in zip(answers, references)) / len(answers),
-        "valid_json": sum(map(is_json, answers)) / len(answers),
-    }
+def scores(text, question, metric=None):
+    """How good one answer is: exact_match and valid_json, 0 or 1, and `metric` under its name where one is given."""
+    result = {"exact_match": float(text.strip() == question.reference.strip()), "valid_json": float(is_json(text))}
     if metric:
-        scores = [metric(a, r, messages) for a, (_, r, messages) in zip(answers, asked)]
-        result[metric.__name__] = sum(map(float, scores)) / len(scores)
+        result[metric.__name__] = float(metric(text, question.reference, question.messages))
     return result
 
 
@@ -152,13 +155,14 @@ def measure(model, tokenizer, conversations, max_new_tokens=256, batch_size=16, 
     """All measures of a model on a list of conversations.
 
     Returns:
-        (dict of numbers, list of answers, list of (prompt ids, reference, messages) as from `prompts`).
+        (dict of means, list of answers, list of Questions).
     """
-    asked, stop_id = prompts(conversations, tokenizer)
-    answers = answer(model, tokenizer, [ids for ids, _, _ in asked], stop_id, max_new_tokens, batch_size)
-    numbers = score(answers, asked, metric)
-    encoded = ChatEncoder(tokenizer).encode_batch(conversations)
-    rows = [row.documents for row in encoded if row.documents]
+    encoder = ChatEncoder(tokenizer)
+    asked = questions(conversations, encoder)
+    answers = answer(model, tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size)
+    each = [scores(text, question, metric) for text, question in zip(answers, asked, strict=True)]
+    numbers = {name: sum(score[name] for score in each) / len(each) for name in each[0]}
+    rows = [row.documents for row in encoder.encode_batch(conversations) if row.documents]
     numbers["eval_loss"] = mean_loss(model, rows)
     return numbers, answers, asked
 
@@ -183,8 +187,9 @@ def main():
         cli.fail(error)
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
-            for text, (_, reference, _) in zip(answers, asked):
-                file.write(json.dumps({"answer": text, "reference": reference}, ensure_ascii=False) + "\n")
+            for text, question in zip(answers, asked, strict=True):
+                line = {"answer": text, "reference": question.reference}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(json.dumps(numbers))
 
 

@@ -12,21 +12,28 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 if {"-h", "--help"} & set(sys.argv[1:]):
-    sys.modules["bitsandbytes"] = None  # peft would import it, and a compiler with it: a second that --help can save
+    sys.modules["peft"] = None  # transformers would import it, and a compiler with it: seconds that --help can save
 
 import torch
 import transformers
 from torch.utils.data import Dataset
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 import attention
 import batches
+import checks
 import cli
 import conversations
 import curves
+import evaluate
+import generation
 import plan
+import preview
 import tokens
 from batches import Collator, supervised_loss
 from cli import say
@@ -47,12 +54,14 @@ class ModelArguments:
         default="auto",
         metadata={
             "help": "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... Default auto: packed, which never "
-            "computes one conversation against another, or sdpa for models with a sliding window."
+            "computes one conversation against another, or sdpa for models with a sliding window. Change it for a kernel "
+            "that is faster on your GPU."
         },
     )
     chat_template: str = field(
         default=None,
-        metadata={"help": "Jinja file of a chat template to use and save instead of the model's own. Default none."},
+        metadata={"help": "Jinja file of a chat template to use and save instead of the model's own. Default none: "
+        "for a base model that has none, or a format of your own."},
     )
     rope_scaling: str = field(
         default=None,
@@ -77,7 +86,10 @@ class DataArguments:
     )
     eval_data_path: list[str] = field(
         default=None,
-        metadata={"help": "One or more files to evaluate on. Default none."},
+        metadata={
+            "help": "One or more files to evaluate on, each reported apart. Default none; with one, over-fitting shows and "
+            "the best model is kept in `best`."
+        },
     )
     eval_ratio: float = field(
         default=0.0,
@@ -93,33 +105,70 @@ class DataArguments:
             "of more than some 100,000 rows."
         },
     )
-    overlong: str = field(
+    overlong: Literal["drop", "truncate", "error"] = field(
         default="drop",
         metadata={
             "help": "What becomes of conversations longer than --model_max_length: drop (default), truncate (after the "
-            "last assistant turn that fits whole) or error."
+            "last assistant turn that fits whole) or error. Change it when long ones must not be lost."
         },
     )
-    thinking: str = field(
+    thinking: Literal[tokens.THINKING] = field(
         default="auto",
         metadata={
             "help": "Thoughts (reasoning_content, <think>): auto (default) trains those in the data and puts turns without "
             "one after the prompt of enable_thinking=False; keep trains them and puts the others after the default "
-            "prompt; strip removes them; empty removes them and uses the prompt of enable_thinking=False throughout."
+            "prompt; strip removes them; empty removes them and uses the prompt of enable_thinking=False throughout. "
+            "Change it when the data and the use differ in thinking."
         },
     )
-    train_on: str = field(
+    preview: int = field(
+        default=0,
+        metadata={
+            "help": "Print so many conversations with their supervised tokens marked, and end. Default 0: train. For a first "
+            "look at a new file."
+        },
+    )
+    validate_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Read, render and check all data without loading weights, and end. Default False. Before a long run."
+        },
+    )
+    dump_tokens: str = field(
+        default=None,
+        metadata={
+            "help": "File to write what would be trained to, as JSON Lines of ids and labels, and end. Default none. To "
+            "compare with another program."
+        },
+    )
+    eval_generate: int = field(
+        default=0,
+        metadata={
+            "help": "Answer so many held-out prompts at each evaluation and log exact_match and valid_json. Default 0; "
+            "some dozens tell more than the loss does."
+        },
+    )
+    metric: str = field(
+        default=None,
+        metadata={
+            "help": "file.py:function, a measure for --eval_generate: function(answer, reference, messages) -> number. "
+            "Default none."
+        },
+    )
+    train_on: Literal["all_turns", "last_turn"] = field(
         default="all_turns",
         metadata={
-            "help": "Which assistant turns are learnt: all_turns (default) or last_turn. A message with "
-            '"train": false is never learnt.'
+            "help": "Which assistant turns are learnt: all_turns (default) or last_turn, when only the last answer is good. "
+            'A message with "train": false is never learnt.'
         },
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    cache_dir: str = field(default=None, metadata={"help": "Folder for downloaded models. Default: the hub's own."})
+    cache_dir: str = field(
+        default=None, metadata={"help": "Folder for downloaded models. Default: the hub's own; another when that disk is full."}
+    )
     model_max_length: int = field(
         default=None,
         metadata={
@@ -128,7 +177,8 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     use_lora: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter instead of all weights. Default False."}
+        default=False,
+        metadata={"help": "Train a LoRA adapter instead of all weights. Default False; it needs far less memory."},
     )
     padding_free: bool = field(
         default=True,
@@ -137,19 +187,35 @@ class TrainingArguments(transformers.TrainingArguments):
             "True. Set False for models that cannot keep them apart."
         },
     )
-    bf16: bool = field(default=None, metadata={"help": "bfloat16 computing. Default: by hardware, see --dtype."})
-    fp16: bool = field(default=None, metadata={"help": "Compute in float16. Default: on GPUs without bfloat16."})
-    optim: str = field(
-        default="adamw_torch", metadata={"help": "Optimizer, by its transformers name. Default adamw_torch."}
+    bf16: bool = field(
+        default=None,
+        metadata={"help": "Compute in bfloat16. Default: where the hardware is fast in it. False computes in float32."},
     )
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Learning-rate schedule, by its transformers name. Default cosine."}
+    fp16: bool = field(
+        default=None, metadata={"help": "Compute in float16. Default: on GPUs without bfloat16, which need it."}
+    )
+    optim: OptimizerNames = field(
+        default="adamw_torch",
+        metadata={
+            "help": "Optimizer, by its transformers name. Default adamw_torch; adamw_8bit or adafactor save memory in "
+            "full training.",
+            "metavar": "NAME",
+        },
+    )
+    lr_scheduler_type: SchedulerType = field(
+        default="cosine",
+        metadata={
+            "help": "Learning-rate schedule, by its transformers name. Default cosine; constant_with_warmup when you "
+            "do not know how long you will train.",
+            "metavar": "NAME",
+        },
     )
     save_total_limit: int = field(
-        default=2, metadata={"help": "Checkpoints kept on disk, the newest ones. Default 2; more when disk allows."}
+        default=2,
+        metadata={"help": "Checkpoints kept on disk, the newest ones. Default 2; more when disk allows, 0 for all."},
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide non-finite losses in the log. Default False: they stop the run."}
+        default=False, metadata={"help": "Hide non-finite losses in the log. Default False: they stop the run, as they should."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Has no use here: batches hold only what the model needs. Default False."}
@@ -159,7 +225,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self):
-        if not torch.cuda.is_available() and not self.use_cpu:
+        if self.fp16 and self.bf16:
+            raise ValueError("--fp16 and --bf16 exclude each other; give one of them.")
+        if self.use_cpu or not torch.cuda.is_available():
             self.use_cpu = True
             if self.tf32:
                 say("--tf32 is for GPUs and is left out on this CPU.")
@@ -182,27 +250,44 @@ class TrainingArguments(transformers.TrainingArguments):
 @dataclass
 class LoraArguments:
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapter. Default 64; 8 to 16 is often enough."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale: the adapter counts alpha / r times. Default 16."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter, 0 to 1. Default 0.05."})
+    lora_alpha: int = field(
+        default=16,
+        metadata={"help": "Scale: the adapter counts alpha / r times. Default 16; change it in step with --lora_r."},
+    )
+    lora_dropout: float = field(
+        default=0.05,
+        metadata={"help": "Dropout before the adapter, 0 to 1. Default 0.05; more for few data, 0 for many."},
+    )
     lora_target_modules: list[str] = field(
         default=None,
-        metadata={"help": "Names of the linear layers to adapt. Default: every one except the output head."},
+        metadata={
+            "help": "Names of the linear layers to adapt. Default: every one except the output head; fewer, such as "
+            "q_proj v_proj, save memory."
+        },
     )
     lora_weight_path: str = field(
         default="", metadata={"help": "Folder of an adapter to continue from, with its own rank. Default: a new one."}
     )
-    lora_bias: str = field(
-        default="none", metadata={"help": "Biases to train with the adapter: none (default), all, lora_only."}
+    lora_bias: Literal["none", "all", "lora_only"] = field(
+        default="none",
+        metadata={
+            "help": "Biases to train with the adapter. Default none; with others the base model is no longer itself "
+            "when the adapter is switched off."
+        },
     )
     q_lora: bool = field(
         default=False,
-        metadata={"help": "Hold the base model in 4 bits (NF4): a quarter of the memory, somewhat slower. Default False."},
+        metadata={
+            "help": "Hold the base model in 4 bits (NF4): a quarter of the memory, somewhat slower. Default False."
+        },
     )
     use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r. Default False; for high ranks."}
+        default=False,
+        metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r. Default False; for high ranks."},
     )
     use_dora: bool = field(
-        default=False, metadata={"help": "Weight-decomposed LoRA (DoRA): slower, at times better. Default False."}
+        default=False,
+        metadata={"help": "Weight-decomposed LoRA (DoRA): slower, at times better. Default False; for low ranks."},
     )
     modules_to_save: list[str] = field(
         default=None,
@@ -210,13 +295,41 @@ class LoraArguments:
         "servers refuse such adapters."},
     )  # fmt: skip
     init_lora_weights: str = field(
-        default="true", metadata={"help": "How the adapter starts: true (default), gaussian, pissa, olora, orthogonal."}
+        default="true",
+        metadata={
+            "help": "How the adapter starts: true (default: as no change), gaussian, pissa, olora, orthogonal. pissa at "
+            "times learns faster, and changes the base model."
+        },
     )
     trainable_token_indices: list[int] = field(
         default=None,
         metadata={"help": "Ids of tokens whose embeddings are trained too. Default none; for a base model that has never "
         "seen the chat template's control tokens."},
     )  # fmt: skip
+
+
+ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
+RANGES = {  # flag: its lowest value, and the value that it stays below
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "model_max_length": (1, math.inf),
+    "eval_ratio": (0, 1),
+    "preview": (0, math.inf),
+    "eval_generate": (0, math.inf),
+    "lora_r": (1, math.inf),
+    "lora_alpha": (1, math.inf),
+    "lora_dropout": (0, 1),
+}
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    cli.parse(["--help"], ARGUMENTS)  # prints and exits here, before the Trainer and all that it imports
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -483,34 +596,13 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
             f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(report['missing_keys'])} weights, "
             f"the first is {sorted(report['missing_keys'])[0]}; download it again."
         )
-    _mend_generation_config(model.generation_config)
+    for module in model.modules():
+        # bitsandbytes would turn 4-bit weights into a layout for CPU inference at the first evaluation: rounded once
+        # more, and without a gradient when training goes on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    generation.mend(model.generation_config)
     return model
-
-
-def _mend_generation_config(generation):
-    """Drop sampling settings that contradict do_sample=False: transformers refuses to save such a configuration."""
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        say("the model's generation config has sampling settings without do_sample; they are left out.")
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            setattr(generation, name, None)
-
-
-def stop_at(model, tokenizer, encoder):
-    """Make the supervised stop token the one at which generation stops, in the tokenizer and the generation config."""
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if encoder.stop_id not in stops:
-        model.generation_config.eos_token_id = [encoder.stop_id, *stops]
-        say(f"generation will stop at {encoder.stop_token}, which ends an assistant turn; the model had not set it.")
-    tokenizer.eos_token = encoder.stop_token
-    head = model.get_output_embeddings().weight
-    if head.ndim == 2 and head.shape[0] > len(tokenizer) and head.is_floating_point():
-        unused = head.detach()[len(tokenizer) :].float().mean(0)  # rows that no token has ever trained
-        if (head.detach()[encoder.stop_id].float() - unused).norm() < 0.1 * head.detach()[:1000].float().norm(dim=1).mean():
-            say(f"the model looks as if it had never seen {encoder.stop_token}: it may not learn to stop. Add "
-                f"--trainable_token_indices {encoder.stop_id}, or start from the chat model.")  # fmt: skip
 
 
 def add_adapter(model, training_args, lora_args):
@@ -542,7 +634,9 @@ def add_adapter(model, training_args, lora_args):
         )
     except (ValueError, OSError) as error:
         linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-        raise UserError(f"no adapter: {' '.join(str(error).split()):.300} Linear layers are {sorted(linear)}.") from None
+        raise UserError(
+            f"no adapter: {' '.join(str(error).split()):.300} Linear layers are {sorted(linear)}."
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -562,6 +656,8 @@ class RecipeTrainer(transformers.Trainer):
         self.model.config.use_cache = use_cache
         self.best_loss = math.inf
         self._eval_sums = self._file_sums = None
+        self.questions, self.metric, self.stop_id = [], None, None  # set for --eval_generate
+        self.add_callback(checks.FirstStepCheck())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of the cross entropy over supervised tokens / their number in the optimizer step (in the batch, if None)."""
@@ -605,6 +701,10 @@ class RecipeTrainer(transformers.Trainer):
         if several:
             metrics["eval_loss"] = (self._eval_sums[0] / self._eval_sums[1]).item()
             self.log({"eval_loss": metrics["eval_loss"]})
+        if self.questions:
+            scores = self._generate_answers()
+            self.log(scores)
+            metrics.update(scores)
         if metrics["eval_loss"] < self.best_loss:
             self.best_loss = metrics["eval_loss"]
             folder = os.path.join(self.args.output_dir, "best")
@@ -613,6 +713,17 @@ class RecipeTrainer(transformers.Trainer):
                 with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
                     json.dump({"eval_loss": self.best_loss, "step": self.state.global_step}, file)
         return metrics
+
+    def _generate_answers(self):
+        """Greedy answers to the held-out prompts, shared out among the ranks; `eval_exact_match` and so on."""
+        from accelerate.utils import gather_object
+
+        mine = self.questions[self.args.process_index :: self.args.world_size]
+        longest = max(len(question.reference_ids) for question in self.questions)
+        model = self.accelerator.unwrap_model(self.model)
+        answers = evaluate.answer(model, self.processing_class, mine, self.stop_id, max_new_tokens=2 * longest + 16)
+        scores = gather_object([evaluate.scores(*pair, self.metric) for pair in zip(answers, mine, strict=True)])
+        return {f"eval_{name}": sum(score[name] for score in scores) / len(scores) for name in scores[0]}
 
     def log(self, logs, *args, **kwargs):
         loss = logs.get("loss", 0.0)
@@ -643,27 +754,53 @@ def safe_save_model_for_hf_trainer(trainer, output_dir):
 
 def parse(argv):
     """The four argument instances of a command line; raises UserError for what cannot be meant."""
-    classes = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-    arguments = model_args, data_args, training_args, lora_args = cli.parse(argv, classes, notice=say)
+    named = cli.given(argv)
+    if named & {"eval_data_path", "eval_ratio"} and not named & {"eval_strategy", "evaluation_strategy"}:
+        argv = [*argv, "--eval_strategy=epoch"]
+    arguments = model_args, data_args, training_args, lora_args = cli.parse(argv, ARGUMENTS, notice=say)
     for name, value in (("model_name_or_path", model_args.model_name_or_path), ("data_path", data_args.data_path)):
         if not value:
             raise UserError(f"--{name} is required; see --help.")
-    for name, accepted in (("overlong", ("drop", "truncate", "error")), ("thinking", tokens.THINKING),
-                           ("train_on", ("all_turns", "last_turn"))):  # fmt: skip
-        if getattr(data_args, name) not in accepted:
-            raise UserError(f"--{name} {getattr(data_args, name)!r}: expected one of {', '.join(accepted)}.")
-    named = cli.given(argv)
-    if not training_args.use_lora and (lora_args.q_lora or any(name.startswith("lora_") for name in named)):
+    values = {name: value for part in arguments for name, value in vars(part).items()}
+    for name, (lowest, limit) in RANGES.items():
+        if values[name] is not None and not lowest <= values[name] < limit:
+            below = f" and below {limit}" if limit < math.inf else ""
+            raise UserError(f"--{name} {values[name]}: expected a number of at least {lowest}{below}.")
+    lora_flags = [part.name for part in fields(lora_args) if part.name in named and values[part.name] is not False]
+    if lora_flags and not training_args.use_lora:
         if "use_lora" in named:
             raise UserError("--use_lora False contradicts the LoRA flags; remove one of them.")
         training_args.use_lora = True
         say("LoRA flags are given: training a LoRA adapter (--use_lora).")
+    if data_args.validate_only or data_args.dump_tokens:
+        data_args.lazy_preprocess = False  # all rows are looked at
+    if data_args.metric:
+        evaluate.load_metric(data_args.metric)
+    if data_args.eval_generate and not (data_args.eval_data_path or data_args.eval_ratio):
+        raise UserError("--eval_generate needs held-out conversations; add --eval_data_path or --eval_ratio.")
     to_evaluate = bool(data_args.eval_data_path or data_args.eval_ratio)
-    if to_evaluate and not named & {"eval_strategy", "evaluation_strategy"}:
-        training_args.eval_strategy, training_args.do_eval = transformers.IntervalStrategy.EPOCH, True
     if not to_evaluate and training_args.eval_strategy != "no":
-        raise UserError("--eval_strategy is set but there is nothing to evaluate; add --eval_data_path or --eval_ratio.")
+        if "eval_strategy" in named:
+            raise UserError(
+                "--eval_strategy is set but there is nothing to evaluate; add --eval_data_path or --eval_ratio."
+            )
+        say("there is nothing to evaluate: training without evaluation; see --eval_data_path and --eval_ratio.")
+        training_args.eval_strategy, training_args.do_eval = transformers.IntervalStrategy.NO, False
     return arguments
+
+
+def look_at_data(data_args, tokenizer, datasets):
+    """--preview, --dump_tokens and --validate_only: what would be trained, without a model."""
+    if data_args.dump_tokens:
+        preview.dump(datasets["training"], data_args.dump_tokens)
+        say(f"{data_args.dump_tokens}: {len(datasets['training']):,} conversations in tokens")
+    if data_args.preview:
+        preview.show(datasets["training"], tokenizer, data_args.preview)
+    if data_args.validate_only:
+        for name, dataset in datasets.items():
+            say(f"{name} rows: {plan.rows(dataset)}")
+        say("verdict: the data can be trained; every label was read back and compared with its turn.")
+    return {}
 
 
 def train(argv=None):
@@ -678,9 +815,12 @@ def train(argv=None):
     config = load_config(model_args, training_args)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
 
+    if data_args.preview or data_args.validate_only or data_args.dump_tokens:
+        return look_at_data(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})
+
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
-    stop_at(model, tokenizer, encoder)
+    generation.stop_at(model, tokenizer, encoder)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()  # frozen embeddings would cut the graph before the first checkpoint
     if training_args.use_lora:
@@ -693,6 +833,16 @@ def train(argv=None):
         processing_class=tokenizer,
         data_collator=Collator(training_args.padding_free),
     )
+    if training_args.padding_free and not checks.documents_are_isolated(model, trainer.data_collator):
+        say(
+            "this model mixes neighbouring conversations of a row: training with padded batches (--padding_free False)."
+        )
+        trainer.data_collator = Collator(padding_free=False)
+    if data_args.eval_generate:
+        held_out = [dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept]
+        trainer.questions = evaluate.questions(held_out[: data_args.eval_generate], encoder)
+        trainer.metric = evaluate.load_metric(data_args.metric) if data_args.metric else None
+        trainer.stop_id = encoder.stop_id
     say(plan.describe(trainer, compute_dtype, lora_args))
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     safe_save_model_for_hf_trainer(trainer, training_args.output_dir)

@@ -21,10 +21,10 @@ def describe(trainer, compute_dtype, lora_args):
     facts = {
         "model": _model(model, compute_dtype),
         "trained": _trained(model, args, lora_args),
-        "training rows": _rows(trainer.train_dataset, args.model_max_length),
+        "training rows": rows(trainer.train_dataset),
     }
     for name, dataset in (trainer.eval_dataset or {}).items():
-        facts[f"evaluation rows ({name})"] = _rows(dataset, args.model_max_length)
+        facts[f"evaluation rows ({name})"] = rows(dataset)
     facts["steps"] = _steps(trainer)
     facts["memory"] = _memory(trainer, compute_dtype, lora_args)
     facts["disk"] = _disk(trainer)
@@ -45,7 +45,8 @@ def _trained(model, args, lora_args):
     kind = "all weights, float32 masters"
     if args.use_lora:
         config = model.peft_config["default"]
-        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {', '.join(sorted(config.target_modules))}"
+        adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in config.target_modules}))
+        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {adapted}"
         kind += ", base in 4 bits (NF4)" * lora_args.q_lora
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
 
@@ -56,9 +57,9 @@ def parameters(model):
     return sum(n for grad, n in counts if grad), sum(n for _, n in counts)
 
 
-def _rows(dataset, max_length):
+def rows(dataset):
     """How many conversations were read, kept, dropped and why, and what they hold."""
-    total = len(dataset.conversations)
+    total, max_length = len(dataset.conversations), dataset.max_length
     shapes = ", ".join(f"{name} ({shape})" for name, shape in dataset.conversations.shapes().items())
     lines = [f"{total:,} read from {shapes}"]
     if dataset.examined < total:

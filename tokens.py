@@ -2,25 +2,27 @@
 
 For each supervised assistant turn i the prompt is what serving will send, `apply_chat_template(messages[:i],
 add_generation_prompt=True)`; the answer is what the template renders after it, up to and including the stop token.
-Prompts and everything between turns get the label IGNORE_INDEX; nothing is searched for by role markers or token ids,
-and padding plays no part.
+Prompts and everything between turns get the label IGNORE_INDEX; every prompt is rendered and compared, no table of role
+markers or token ids is kept, and padding plays no part.
 
 Where the template renders every prompt as the beginning of the whole conversation, one document holds all turns. Where
 it rewrites history (thoughts of earlier turns are left out, an empty thought is put in), each supervised turn becomes a
-document of its own, as serving would see it.
+document of its own, as serving would see it. So does a turn whose answer would merge with its prompt into one token.
 """
 
+import bisect
 import re
 from typing import NamedTuple
 
 IGNORE_INDEX = -100
 THINKING = ("auto", "keep", "strip", "empty")
-SPLIT = "split into one document for each turn, as the template rewrites history"
+SPLIT = "split into several documents, as serving has other tokens before some turns"
 NO_THOUGHT = "with a thought that the template leaves out"
 FIRST = "with a turn before any user message, used as context only"
 _PROBE = "kqzvprobe"  # a word no template contains
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
+_PARTS = {"system": "system messages", "tools": "the list of tools", "tool_calls": "tool calls", "tool": "tool results"}
 
 
 class Encoded(NamedTuple):
@@ -41,10 +43,11 @@ class ChatEncoder:
     Args:
         tokenizer: a fast (Rust) tokenizer with a chat template.
         train_on: "all_turns" or "last_turn".
-        thinking: what becomes of thoughts, in `reasoning_content` or between <think> and </think>. A turn that has one
-            is trained with it (auto, keep) or without (strip, empty). A turn that has none follows the prompt of
-            serving with enable_thinking=False (auto, empty) or the default prompt, with no thought put in (keep,
-            strip). Also, keep writes a `reasoning_content` that the template does not know into the text.
+        thinking: what becomes of thoughts, in `reasoning_content` or between <think> and </think> before the text. A
+            turn that has one is trained with it (auto, keep), after the prompt of serving with enable_thinking=True, or
+            without it (strip, empty). A turn that has none follows the prompt of enable_thinking=False (auto, empty) or
+            the default prompt (keep, strip; that of enable_thinking=False if the default opens a thought); no empty
+            thought is learnt. Also, keep writes a `reasoning_content` that the template does not know into the text.
     Attributes:
         stop_token, stop_id: what ends an assistant turn in this template, as text and as id.
     Raises:
@@ -65,20 +68,42 @@ class ChatEncoder:
         self._byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__()) if self.backend.decoder else False
         self._header_ids = {}
         self.stop_token, self.stop_id = self._find_stop()
-        user = [{"role": "user", "content": "q"}]
-        prompts = {self._render(user, prompt=True, thinking=choice) for choice in (None, True, False)}
-        self._has_switch = len(prompts) > 1  # the template knows enable_thinking
-        thought = {"role": "assistant", "content": "a", "reasoning_content": _PROBE}
-        self._knows_thoughts = _PROBE in self._render([*user, thought])
+        self._probe_template()
 
     def _find_stop(self):
         user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}
-        text = self._render([user, answer])
-        after = text[text.index(_PROBE) + len(_PROBE) :]
+        _, _, after = self._render([user, answer]).partition(_PROBE)
         stop = self._special.search(after)
         if not stop or after[: stop.start()].strip():
             raise ValueError("the chat template ends an assistant turn with no control token, so no stop can be learnt")
         return stop.group(), self.tokenizer.convert_tokens_to_ids(stop.group())
+
+    def _probe_template(self):
+        """Find out what the template knows, by rendering a word that must come out again."""
+        user, call = {"role": "user", "content": "q"}, {"role": "assistant", "content": ""}
+        prompts = {self._render([user], prompt=True, thinking=choice) for choice in (None, True, False)}
+        self._has_switch = len(prompts) > 1  # the template knows enable_thinking
+        apart = self._render([user, {"role": "assistant", "content": "a", "reasoning_content": _PROBE}])
+        in_text = self._render([user, {"role": "assistant", "content": f"<think>\n{_PROBE}\n</think>\n\na"}])
+        self._knows_thoughts = _PROBE in apart
+        self._finds_thoughts = self._knows_thoughts and in_text == apart  # also between <think> and </think>
+        probe, other = ([{"type": "function", "function": {"name": name, "arguments": {}}}] for name in (_PROBE, "f"))
+        described = {"name": _PROBE, "description": "d", "parameters": {"type": "object", "properties": {}}}
+        probes = {
+            "system": ([{"role": "system", "content": _PROBE}, user], None),
+            "tools": ([user], [{"type": "function", "function": described}]),
+            "tool_calls": ([user, {**call, "tool_calls": probe}], None),
+            "tool": ([user, {**call, "tool_calls": other}, {"role": "tool", "content": _PROBE}], None),
+        }
+        self._left_out = {part for part, probe in probes.items() if self._leaves_out(*probe)}
+
+    def _leaves_out(self, messages, tools):
+        from jinja2 import TemplateError
+
+        try:
+            return _PROBE not in self._render(messages, tools)
+        except (TemplateError, TypeError):
+            return False  # it says so itself
 
     def fingerprint(self):
         """Text that changes when the same conversation would be encoded otherwise; for caches of tokens."""
@@ -105,51 +130,68 @@ class ChatEncoder:
             a list of Encoded.
         Raises:
             jinja2.TemplateError: the template refuses a conversation.
-            ValueError: an answer cannot be told apart from its prompt, or is not what the message says.
+            ValueError: an answer cannot be told apart from its prompt, is not what the message says, or the template
+                leaves out part of the conversation.
         """
         drafts = [self._draft(conversation) for conversation in conversations]
         texts = _Texts()
         for draft in drafts:
             for document in draft.documents:
                 document.handle = texts.add(document.text, draft.sentinel)
+        self.backend.no_truncation()  # a saved tokenizer may come with these, an earlier call may have left them
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = False
         texts.encode(self.backend)
         encoded = [Encoded(self._finish(draft, texts), draft.notes) for draft in drafts]
-        self._verify(drafts, encoded)
+        self._verify(drafts)
         return encoded
 
     def _draft(self, conversation):
         """Render a conversation: whole if every prompt is the beginning of it, else once for each supervised turn."""
         messages, tools = conversation["messages"], conversation.get("tools")
+        self._refuse_what_is_left_out(messages, tools)
         supervised = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
         if self.train_on == "last_turn":
             supervised = supervised[-1:]
         draft = _Draft(*self._defused([self._with_thought(m) for m in messages], tools))
         if self.thinking == "auto" and not self._knows_thoughts:
-            draft.notes += [NO_THOUGHT] * any(messages[i].get("reasoning_content") for i in supervised)
+            draft.notes += [NO_THOUGHT] * any(messages[i].get("reasoning_content", "").strip() for i in supervised)
         first_user = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
         draft.supervised = [i for i in supervised if i > first_user or self._has_prompt(draft, i)]
         if len(draft.supervised) < len(supervised):
             draft.notes.append(FIRST)
         if draft.supervised:
-            draft.documents = self._whole(draft) or self._single_turns(draft)
+            draft.documents = self._whole(draft) or [self._single(draft, i) for i in draft.supervised]
         return draft
 
+    def _refuse_what_is_left_out(self, messages, tools):
+        present = {name for message in messages for name in (message["role"], *message)}
+        present |= {"tools"} if tools else set()
+        for part in sorted(present & self._left_out):
+            raise ValueError(
+                f"the chat template has no place for {_PARTS[part]} and would leave it out; use a template that has one "
+                "(--chat_template), or remove it from the data"
+            )
+
     def _with_thought(self, message):
-        """An assistant message with its thought removed or, for a template that knows none, written into the text."""
+        """An assistant message with its thought where the template looks for it, or removed."""
         if message["role"] != "assistant":
             return message
-        content, thought = message["content"], message.get("reasoning_content")
+        content, thought = message["content"], message.get("reasoning_content") or ""
         inline = _THOUGHT.match(content)
-        if self.thinking == "auto" and self._knows_thoughts and inline and not inline.group(1).strip():
-            content = content[inline.end() :]
-        elif self.thinking in ("strip", "empty"):
-            content, thought = content[inline.end() :] if inline else content, None
+        text, inner = (content[inline.end() :], inline.group(1).strip()) if inline else (content, None)
+        if self.thinking in ("strip", "empty"):
+            content, thought = text, ""
         elif not self._knows_thoughts:
-            if self.thinking == "keep" and thought:
+            if self.thinking == "keep" and thought.strip():
                 content = f"<think>\n{thought}\n</think>\n\n{content}"
-            thought = None
-        return {**message, "content": content, "reasoning_content": thought} if thought else {
-            **{key: value for key, value in message.items() if key != "reasoning_content"}, "content": content}  # fmt: skip
+            thought = ""
+        elif inline and not inner and self.thinking == "auto":
+            content = text
+        elif inline and not self._finds_thoughts and not thought.strip():
+            content, thought = text, inner
+        message = {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": content}
+        return message | {"reasoning_content": thought} if thought.strip() else message
 
     def _has_prompt(self, draft, i):
         """Whether serving could ask for a turn that no user message precedes."""
@@ -173,35 +215,32 @@ class ChatEncoder:
 
     def _prompt(self, draft, i):
         """Text of the prompt of turn i, and the mode it was rendered in."""
-        mode = self._mode(draft.messages[i])
-        prompt = self._render(draft.messages[:i], draft.tools, prompt=True, thinking=mode)
-        if mode is None and self._has_switch and prompt.rstrip().endswith("<think>"):
-            return self._render(draft.messages[:i], draft.tools, prompt=True, thinking=False), False
-        return prompt, mode
+        if i not in draft.prompts:
+            mode = self._mode(draft.messages[i])
+            prompt = self._render(draft.messages[:i], draft.tools, prompt=True, thinking=mode)
+            if mode is None and self._has_switch and prompt.rstrip().endswith("<think>"):
+                mode = False
+                prompt = self._render(draft.messages[:i], draft.tools, prompt=True, thinking=mode)
+            draft.prompts[i] = prompt, mode
+        return draft.prompts[i]
 
     def _whole(self, draft):
         """One document with all supervised turns, or None where that would not be what serving sees."""
-        prompts = [self._prompt(draft, i) for i in draft.supervised]
-        modes = {mode for _, mode in prompts}
-        if len(modes) > 1:
-            return None
-        text, spans = self._render(draft.messages, draft.tools, thinking=modes.pop()), []
-        for (prompt, _), i in zip(prompts, draft.supervised, strict=True):
-            if not text.startswith(prompt):
+        _, mode = self._prompt(draft, draft.supervised[0])
+        text, spans = self._render(draft.messages, draft.tools, thinking=mode), []
+        for i in draft.supervised:
+            prompt, own_mode = self._prompt(draft, i)
+            if own_mode != mode or not text.startswith(prompt):
                 return None
             start, end = len(prompt), self._answer_end(text, len(prompt))
             put_in = self._thought_put_in(draft.messages[i], text[start:end])
-            if put_in and i == draft.supervised[-1]:
-                text, end = text[:start] + text[start + put_in :], end - put_in
-            if put_in and i != draft.supervised[-1] or not _says(draft.messages[i], text[start:end]):
+            if put_in and i != draft.supervised[-1]:
+                return None
+            text, end = text[:start] + text[start + put_in :], end - put_in
+            if not _says(draft.messages[i], text[start:end]):
                 return None
             spans.append((start, end))
         return [_Document(text[: spans[-1][1]], spans, draft.supervised)]
-
-    def _single_turns(self, draft):
-        if len(draft.supervised) > 1:
-            draft.notes.append(SPLIT)
-        return [self._single(draft, i) for i in draft.supervised]
 
     def _single(self, draft, i):
         """One supervised turn as serving would see it: nothing after it exists yet."""
@@ -209,9 +248,7 @@ class ChatEncoder:
         prompt, mode = self._prompt(draft, i)
         text = self._render(draft.messages[: i + 1], draft.tools, thinking=mode)
         if not text.startswith(prompt):
-            reason = "a prompt that opens a thought, which this turn lacks" if prompt.rstrip().endswith("<think>") else (
-                "an answer that does not follow its prompt")  # fmt: skip
-            raise ValueError(f"turn {i + 1}: the chat template renders {reason}")
+            text = prompt + self._after_header(draft, i, text)
         start, end = len(prompt), self._answer_end(text, len(prompt))
         answer = text[start:end]
         answer = answer[self._thought_put_in(message, answer) :]
@@ -221,6 +258,21 @@ class ChatEncoder:
             if NO_THOUGHT not in draft.notes:
                 draft.notes.append(NO_THOUGHT)
         return _Document(prompt + answer, [(start, start + len(answer))], [i])
+
+    def _after_header(self, draft, i, text):
+        """What follows the header of the last turn in `text`, where the template renders what is before it otherwise.
+
+        Qwen3 puts an empty thought into an assistant turn only as long as no other assistant turn follows it.
+        """
+        prompt, mode = self._prompt(draft, i)
+        header = prompt.removeprefix(self._render(draft.messages[:i], draft.tools, thinking=mode))
+        opening = self._special.match(header)
+        start = text.rfind(opening.group()) if opening else -1
+        if start < 0 or not text.startswith(header, start):
+            reason = "a prompt that opens a thought, which this turn lacks" if prompt.rstrip().endswith("<think>") else (
+                "an answer that does not follow its prompt")  # fmt: skip
+            raise ValueError(f"turn {i + 1}: the chat template renders {reason}")
+        return text[start + len(header) :]
 
     def _thought_put_in(self, message, answer):
         """Length of an empty thought with which the template began the answer; the data did not have it."""
@@ -246,8 +298,7 @@ class ChatEncoder:
         patterns = [self._markup if m["role"] in ("user", "tool") else self._special for m in messages]
         if not _contains(self._special, tools) and not any(map(_contains, patterns, messages)):
             return messages, tools, None
-        everything = repr((messages, tools))
-        sentinel = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything)
+        sentinel = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not _contains(re.compile(c), [messages, tools]))
         defused = [_broken(pattern, m, sentinel) for pattern, m in zip(patterns, messages, strict=True)]
         return defused, _broken(self._special, tools, sentinel), sentinel
 
@@ -255,21 +306,27 @@ class ChatEncoder:
     # Documents of text -> ids and labels
 
     def _finish(self, draft, texts):
-        documents = []
+        """Rows of ids and labels; a turn whose prompt and answer would merge into one token gets a row of its own."""
+        rows, merging = [], []
         for document in draft.documents:
-            borders = [self._border(document, span, texts) for span in document.spans]
-            if all(borders):
-                documents.append(_row(texts.ids(document.handle), borders, document.turns))
-                continue
-            # Some prompt and answer would merge into one token: tokenise them apart, as serving does.
-            singles = [document] if len(document.turns) == 1 else self._single_turns(draft)
-            documents += [self._apart(single, draft.sentinel) for single in singles]
-        return documents
+            ids = texts.ids(document.handle)
+            borders = [self._border(document, span, ids, texts) for span in document.spans]
+            merging += [turn for turn, border in zip(document.turns, borders, strict=True) if not border]
+            if any(borders):
+                rows.append(draft.row(document, ids, borders))
+        for turn in merging:
+            single = self._single(draft, turn)
+            ((start, end),) = single.spans
+            prompt, answer = self._ids(single.text[:start], draft), self._ids(single.text[start:end], draft)
+            rows.append(draft.row(single, prompt + answer, [(len(prompt), len(prompt) + len(answer))]))
+        if len(rows) > 1:
+            draft.notes.append(SPLIT)
+        return sorted(rows, key=lambda row: row["turns"])
 
-    def _border(self, document, span, texts):
+    def _border(self, document, span, ids, texts):
         """Token positions of an answer, or None if tokenising its prompt alone would have given other ids."""
-        start, end = (texts.token_at(document.handle, char) for char in span)
-        if start is None or end is None:
+        start, last = texts.token_from(document.handle, span[0]), texts.token_at(document.handle, span[1] - 1)
+        if start is None or last is None or ids[last] != self.stop_id:
             return None
         # A control token cuts the text for the tokenizer, so only what follows the last one needs to be looked at.
         tail = document.text[max(0, span[0] - 200) : span[0]]
@@ -278,42 +335,26 @@ class ChatEncoder:
         alone = self._header_ids.get(header)
         if alone is None:
             alone = self._ids(header)
-            if len(header) <= 200:
+            if len(self._header_ids) < 100:
                 self._header_ids[header] = alone
-        return (start, end) if texts.ids(document.handle)[start - len(alone) : start] == alone else None
+        return (start, last + 1) if ids[max(0, start - len(alone)) : start] == alone else None
 
-    def _apart(self, document, sentinel):
-        (start, end), text = document.spans[0], document.text
-        parts = [self._ids(text[:start], sentinel), self._ids(text[start:end], sentinel)]
-        return _row(sum(parts, []), [(len(parts[0]), len(parts[0]) + len(parts[1]))], document.turns)
-
-    def _ids(self, text, sentinel=None):
-        parts = text.split(sentinel) if sentinel else [text]
+    def _ids(self, text, draft=None):
+        parts = text.split(draft.sentinel) if draft and draft.sentinel else [text]
         return [i for part in parts for i in self.backend.encode(part, add_special_tokens=False).ids]
 
-    def _verify(self, drafts, encoded):
+    def _verify(self, drafts):
         """Every supervised run of ids decodes to the answer's text: the last guard against labels on other tokens."""
-        learnt, wanted, places = [], [], []
-        for number, (draft, row) in enumerate(zip(drafts, encoded, strict=True)):
-            texts = {turn: document.text[start:end] for document in draft.documents
-                     for turn, (start, end) in zip(document.turns, document.spans, strict=True)}  # fmt: skip
-            for document in row.documents:
-                for turn, (start, end) in zip(document["turns"], supervised_runs(document["labels"]), strict=True):
-                    learnt.append(document["input_ids"][start:end])
-                    text = texts[turn - 1]
-                    wanted.append(text.replace(draft.sentinel, "") if draft.sentinel else text)
-                    places.append((number, turn))
-        normalizer = self.backend.normalizer
-        for found, text, (_, turn) in zip(self._decoded(learnt), wanted, places, strict=True):
-            if found != text and not self._same(found, normalizer.normalize_str(text) if normalizer else text):
-                raise ValueError(f"turn {turn}: the labels read {found!r:.200}, the turn says {text!r:.200}")
+        answers = [answer for draft in drafts for answer in draft.answers]
+        read = self.backend.decode_batch([ids for _, _, ids in answers], skip_special_tokens=False)
+        for (turn, text, _), found in zip(answers, read, strict=True):
+            if found != text and self._normalised(found) != self._normalised(text):
+                raise ValueError(f"turn {turn + 1}: the labels read {found!r:.200}, the turn says {text!r:.200}")
 
-    def _decoded(self, sequences):
-        return self.backend.decode_batch(sequences, skip_special_tokens=False)
-
-    def _same(self, found, text):
+    def _normalised(self, text):
+        text = self.backend.normalizer.normalize_str(text) if self.backend.normalizer else text
         # Decoders other than byte-level ones drop or add spaces beside control tokens.
-        return found == text or not self._byte_level and "".join(found.split()) == "".join(text.split())
+        return text if self._byte_level else "".join(text.replace("\u2581", " ").split())
 
 
 def supervised_runs(labels):
@@ -337,7 +378,7 @@ def _contains(pattern, value):
     if isinstance(value, str):
         return pattern.search(value) is not None
     if isinstance(value, dict):
-        return any(_contains(pattern, item) for item in value.values())
+        return any(_contains(pattern, part) for item in value.items() for part in item)
     return any(_contains(pattern, item) for item in value) if isinstance(value, list) else False
 
 
@@ -345,7 +386,7 @@ def _broken(pattern, value, sentinel):
     if isinstance(value, str):
         return pattern.sub(lambda match: match.group()[0] + sentinel + match.group()[1:], value)
     if isinstance(value, dict):
-        return {key: _broken(pattern, item, sentinel) for key, item in value.items()}
+        return {_broken(pattern, key, sentinel): _broken(pattern, item, sentinel) for key, item in value.items()}
     return [_broken(pattern, item, sentinel) for item in value] if isinstance(value, list) else value
 
 
@@ -360,14 +401,8 @@ def _says(message, answer, but_thought=False):
     inline = _THOUGHT.match(message["content"])
     text = message["content"][inline.end() :] if inline else message["content"]
     calls = [call["function"]["name"] for call in message.get("tool_calls") or []]
-    return (but_thought or _thought_of(message) in answer) and text.strip() in answer and all(c in answer for c in calls)
-
-
-def _row(ids, spans, turns):
-    labels = [IGNORE_INDEX] * len(ids)
-    for start, end in spans:
-        labels[start:end] = ids[start:end]
-    return {"input_ids": ids, "labels": labels, "turns": [turn + 1 for turn in turns]}
+    called = all(answer.count(name) >= calls.count(name) for name in calls)
+    return called and text.strip() in answer and (but_thought or _thought_of(message) in answer)
 
 
 class _Document:
@@ -379,13 +414,26 @@ class _Document:
 
 
 class _Draft:
+    """A conversation on its way to tokens; `answers` are the (turn, text, ids) that were labelled."""
+
     def __init__(self, messages, tools, sentinel):
         self.messages, self.tools, self.sentinel = messages, tools, sentinel
-        self.supervised, self.documents, self.notes = [], [], []
+        self.supervised, self.prompts, self.documents, self.answers, self.notes = [], {}, [], [], []
+
+    def row(self, document, ids, borders):
+        """Ids and labels of a document up to its last answer that has borders."""
+        labels, turns = [IGNORE_INDEX] * len(ids), []
+        for turn, span, border in zip(document.turns, document.spans, borders, strict=True):
+            if border:
+                (start, end), text = border, document.text[slice(*span)]
+                labels[start:end] = ids[start:end]
+                turns.append(turn + 1)
+                self.answers.append((turn, text.replace(self.sentinel, "") if self.sentinel else text, ids[start:end]))
+        return {"input_ids": ids[:end], "labels": labels[:end], "turns": turns}
 
 
 class _Texts:
-    """Tokenises many texts in one batch and answers which token starts at a character.
+    """Tokenises many texts in one batch and answers which token a character belongs to.
 
     A text with sentinels is cut at them, so that the two halves of control-token text never meet in one token.
     """
@@ -413,15 +461,18 @@ class _Texts:
         return [i for encoding in self._encodings[first : first + len(offsets)] for i in encoding.ids]
 
     def token_at(self, handle, char):
-        """Index of the token that starts exactly at character `char` of the text (or ends it), None if none does."""
+        """Index of the token that holds character `char` of the text, None if none does."""
+        token, before, _, _ = self._find(handle, char)
+        return None if token is None else before + token
+
+    def token_from(self, handle, char):
+        """Index of the token that starts exactly at character `char` of the text, None if none does."""
+        token, before, encoding, char = self._find(handle, char)
+        return None if token is None or encoding.token_to_chars(token)[0] != char else before + token
+
+    def _find(self, handle, char):
         first, offsets = self._handles[handle]
-        before = 0
-        for number, offset in enumerate(offsets):
-            encoding, piece = self._encodings[first + number], self._pieces[first + number]
-            if char - offset < len(piece):
-                token = encoding.char_to_token(char - offset)
-                if token is None or encoding.offsets[token][0] != char - offset:
-                    return None
-                return before + token
-            before += len(encoding)
-        return before
+        number = bisect.bisect_right(offsets, char) - 1
+        encoding, char = self._encodings[first + number], char - offsets[number]
+        before = sum(map(len, self._encodings[first : first + number]))
+        return encoding.char_to_token(char), before, encoding, char

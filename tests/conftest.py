@@ -4,6 +4,7 @@ import importlib.resources
 import os
 import pathlib
 import sys
+import tempfile
 
 import pytest
 
@@ -11,6 +12,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+TOKEN_CACHE = tempfile.TemporaryDirectory()  # the user's own cache stays as it is
+os.environ["HF_DATASETS_CACHE"] = TOKEN_CACHE.name
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -63,3 +66,11 @@ def tiny_model(qwen_folder, tmp_path_factory):
     shutil.copytree(qwen_folder, folder, dirs_exist_ok=True)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny_model, tmp_path):
+    """The tiny model in a folder of its own, to be changed by a test."""
+    import shutil
+
+    return pathlib.Path(shutil.copytree(tiny_model, tmp_path / "model"))

@@ -1,0 +1,40 @@
+"""Look at what would be trained: in colour, or as JSON Lines of ids and labels."""
+
+import json
+import sys
+
+from tokens import IGNORE_INDEX
+
+COLOUR, END = "\033[30;42m", "\033[0m"
+
+
+def show(dataset, tokenizer, count, stream=None):
+    """Print conversations with their supervised tokens on green, or between ⟦ ⟧ where the output is no terminal."""
+    stream = stream or sys.stdout
+    before, after = (COLOUR, END) if stream.isatty() else ("⟦", "⟧")
+    for index in range(min(count, len(dataset))):
+        documents = dataset[index]
+        for number, document in enumerate(documents, 1):
+            part = f", document {number} of {len(documents)}" if len(documents) > 1 else ""
+            supervised = sum(label != IGNORE_INDEX for label in document["labels"])
+            source = dataset.conversations.where(dataset.kept[index])
+            print(f"--- {source}{part}: {len(document['input_ids'])} tokens, {supervised} supervised", file=stream)
+            print("".join(_marked(document, tokenizer, before, after)), file=stream)
+
+
+def _marked(document, tokenizer, before, after):
+    ids, labels, start = document["input_ids"], document["labels"], 0
+    for position in range(1, len(ids) + 1):
+        if position == len(ids) or (labels[position] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
+            text = tokenizer.decode(ids[start:position], clean_up_tokenization_spaces=False)
+            yield text if labels[start] == IGNORE_INDEX else before + text + after
+            start = position
+
+
+def dump(dataset, path):
+    """Write one JSON object for each document: `input_ids`, `labels`, `source` (file and record) and `turns`."""
+    with open(path, "w", encoding="utf-8") as file:
+        for index in range(len(dataset)):
+            source = dataset.conversations.where(dataset.kept[index])
+            for document in dataset[index]:
+                file.write(json.dumps({**document, "source": source}) + "\n")
