@@ -137,6 +137,8 @@ def _entries(path):
             return json.load(file) if kind == "JSON" else yaml.load(file, Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}: not valid YAML: line {error.problem_mark.line + 1}: {error.problem}.") from None
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid {kind}: {' '.join(str(error).split())}.") from None
 

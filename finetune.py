@@ -87,8 +87,8 @@ class DataArguments:
     eval_data_path: list[str] = field(
         default=None,
         metadata={
-            "help": "One or more files to evaluate on, each reported apart. Default none; with one, over-fitting shows and "
-            "the best model is kept in `best`."
+            "help": "One or more files to evaluate on, each reported apart, once an epoch unless --eval_strategy is given. "
+            "Default none; with one, over-fitting shows and the best model is kept in `best`."
         },
     )
     eval_ratio: float = field(

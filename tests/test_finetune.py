@@ -94,21 +94,26 @@ def test_best_holds_the_weights_of_the_lowest_evaluation_loss(tiny_model, rows, 
     assert saved.keys() == checkpoint.keys() and all(torch.equal(saved[key], checkpoint[key]) for key in saved)
 
 
-def test_adapters_load_with_plain_peft_in_a_fresh_process(tiny_model, rows, tmp_path):
+def test_adapters_load_with_plain_peft_in_a_fresh_process_and_have_the_loss_that_was_logged(tiny_model, rows, tmp_path):
     out = tmp_path / "out"
     finetune.train(argv(tiny_model, rows, out, "--use_lora", "--eval_data_path", rows))
+    finetune.train(argv(tiny_model, rows, out, "--dump_tokens", tmp_path / "tokens.jsonl"))
     program = (
-        "import sys, torch, peft, transformers\n"
+        "import json, sys, torch, peft\n"
         "model = peft.AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
-        "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "ids = tokenizer.apply_chat_template([{'role': 'user', 'content': 'say one'}], add_generation_prompt=True,\n"
-        "                                    return_tensors='pt', return_dict=True)\n"
-        "new = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids['input_ids'].shape[1]:]\n"
-        "print(tokenizer.decode(new))\n"
+        "total = count = 0\n"
+        "for row in map(json.loads, open(sys.argv[2])):\n"
+        "    labels = torch.tensor([row['labels']])\n"
+        "    with torch.no_grad():\n"
+        "        loss = model(input_ids=torch.tensor([row['input_ids']]), labels=labels).loss.item()\n"
+        "    supervised = int((labels != -100).sum())\n"
+        "    total, count = total + loss * supervised, count + supervised\n"
+        "print(total / count)\n"
     )
-    for folder in (out, out / "best"):
-        done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
-        assert done.stdout.strip().endswith("<|im_end|>"), done.stderr[-2000:]  # it has learnt to stop, too
+    for folder, logged in ((out, history(out, "eval_loss")[-1]), (out / "best", min(history(out, "eval_loss")))):
+        command = [sys.executable, "-c", program, str(folder), str(tmp_path / "tokens.jsonl")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert float(done.stdout) == pytest.approx(logged, rel=1e-5), done.stderr[-2000:]
 
 
 def test_an_adapter_holds_lora_weights_alone_in_float32(tiny_model, rows, tmp_path):

@@ -1,0 +1,179 @@
+"""The loss is the mean over the supervised tokens of an optimizer step, however the step is cut into batches and ranks."""
+
+import copy
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import batches
+import checks
+import finetune
+from batches import Collator, supervised_loss
+from conversations import Conversations
+from tokens import IGNORE_INDEX, ChatEncoder
+from test_finetune import argv, history, write
+
+# Answers of very different length: where each micro-batch counts the same, every test below fails.
+ROWS = [{"prompt": f"question {n}", "completion": "word " * length} for n, length in enumerate([1, 30, 2, 60, 3, 9, 1, 25])]
+
+
+@pytest.fixture(scope="module")
+def documents(qwen_folder, tmp_path_factory):
+    path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(qwen_folder))
+    conversations = Conversations([str(path)])
+    return [encoder.encode(conversations[i]).documents for i in range(len(ROWS))]
+
+
+def reference(model, documents):
+    """Plain torch, one conversation at a time: (mean loss over supervised tokens, gradients of it)."""
+    model = copy.deepcopy(model).train()
+    losses = []
+    for ((document,)) in documents:
+        ids, labels = torch.tensor([document["input_ids"]]), torch.tensor(document["labels"])
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="none", ignore_index=IGNORE_INDEX))
+    count = sum(label != IGNORE_INDEX for ((document,)) in documents for label in document["labels"])
+    loss = torch.cat(losses).sum() / count
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def relative(found, expected):
+    return max((found[name] - expected[name]).norm().item() / expected[name].norm().item() for name in expected)
+
+
+@pytest.fixture(params=["packed", "sdpa", "eager"])
+def model(request, tiny_model):
+    finetune.attention.register()
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=request.param)
+
+
+@pytest.mark.parametrize("padding_free", [True, False], ids=["padding-free", "padded"])
+@pytest.mark.parametrize("size", [8, 4, 2, 1])
+def test_loss_and_gradients_equal_plain_torch_for_every_way_to_cut_a_step(model, documents, padding_free, size):
+    expected_loss, expected_gradients = reference(model, documents)
+    collator, total, count = Collator(padding_free), 0.0, 0
+    model.train()
+    for start in range(0, len(documents), size):
+        loss, supervised = supervised_loss(model, collator(documents[start : start + size]))
+        loss.backward()
+        total, count = total + loss.item(), count + supervised.item()
+    assert total / count == pytest.approx(expected_loss, rel=1e-5)
+    gradients = {name: parameter.grad / count for name, parameter in model.named_parameters()}
+    assert relative(gradients, expected_gradients) < 1e-5
+
+
+def step(tmp_path, model, data, name, *more, ranks=1):
+    """One optimizer step over all rows by SGD with rate 1, so that the change of the weights is the gradient."""
+    words = argv(model, data, tmp_path / name, "--max_steps", 1, "--optim", "sgd", "--learning_rate", 1, "--max_grad_norm", 0,
+                 "--lr_scheduler_type", "constant", "--train_sampling_strategy", "sequential", *more)  # fmt: skip
+    if ranks == 1:
+        finetune.train(words)
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        root = pathlib.Path(finetune.__file__).parent
+        done = subprocess.run([*launch, "finetune.py", *words], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "x 2 ranks" in done.stdout
+    after = finetune.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+    before = finetune.transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    names = dict(before.named_parameters())
+    return history(tmp_path / name, "loss")[0], {n: names[n].detach() - p.detach() for n, p in after.named_parameters()}
+
+
+GEOMETRIES = {
+    "8x1": ["--per_device_train_batch_size", 8],
+    "2x4": ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4],
+    "1x8": ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8],
+    "2x4 padded": ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4, "--padding_free", "False"],
+    "2 ranks": ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2],
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_one_step_of_the_trainer_is_the_same_for_every_geometry(tiny_model, documents, tmp_path, name):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected_loss, expected_gradients = reference(plain, documents)
+    loss, gradients = step(tmp_path, tiny_model, data, "out", *GEOMETRIES[name], ranks=2 if "ranks" in name else 1)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    # weights minus a small gradient are rounded to float32: 1e-4 is what the subtraction leaves
+    assert relative(gradients, expected_gradients) < 1e-4
+
+
+@pytest.mark.parametrize("ranks, size", [(1, 1), (1, 3), (1, 8), (2, 1), (2, 3)])
+def test_evaluation_loss_is_the_token_mean_for_every_batch_and_rank(tiny_model, documents, tmp_path, ranks, size):
+    data, train = write(tmp_path / "rows.jsonl", ROWS[:7]), write(tmp_path / "train.jsonl", ROWS[:4])
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected, _ = reference(plain, documents[:7])
+    more = ["--eval_data_path", data, "--eval_on_start", "True", "--per_device_eval_batch_size", size,
+            "--per_device_train_batch_size", 2]  # fmt: skip
+    step(tmp_path, tiny_model, train, "out", *more, ranks=ranks)
+    assert history(tmp_path / "out", "eval_loss")[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_several_evaluation_files_have_a_loss_each_and_one_over_all_tokens(tiny_model, documents, tmp_path):
+    first, second = write(tmp_path / "first.jsonl", ROWS[:3]), write(tmp_path / "second.jsonl", ROWS[3:])
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    more = ["--eval_data_path", first, second, "--eval_on_start", "True"]
+    step(tmp_path, tiny_model, first, "out", *more)
+    for key, part in (("eval_first_loss", documents[:3]), ("eval_second_loss", documents[3:]), ("eval_loss", documents)):
+        assert history(tmp_path / "out", key)[0] == pytest.approx(reference(plain, part)[0], rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents of a row
+
+
+def test_a_poisoned_neighbour_changes_nothing(model):
+    assert checks.documents_are_isolated(model, Collator())
+
+
+def test_the_self_test_sees_a_model_that_mixes_documents_and_training_falls_back_to_padding(
+    tiny_model, documents, tmp_path, monkeypatch, capsys
+):
+    mixing = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="sdpa")
+    forward = mixing.forward
+    mixing.forward = lambda position_ids=None, document_lengths=None, **rest: forward(**rest)  # one long document
+    assert not checks.documents_are_isolated(mixing, Collator())
+    monkeypatch.setattr(checks, "documents_are_isolated", lambda model, collator: False)
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    loss, _ = step(tmp_path, tiny_model, data, "out", "--per_device_train_batch_size", 8)
+    assert "training with padded batches" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    assert loss == pytest.approx(reference(plain, documents)[0], rel=1e-5)
+
+
+def test_a_sliding_window_is_left_to_the_exact_mask(tiny_copy, tmp_path, capsys):
+    config = json.loads((tiny_copy / "config.json").read_text())
+    config.update(use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=["sliding_attention"] * 2)
+    (tiny_copy / "config.json").write_text(json.dumps(config))
+    finetune.train(argv(tiny_copy, write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"))
+    assert "attention sdpa" in capsys.readouterr().out
+
+
+def test_a_micro_batch_has_no_padding_and_keeps_its_conversations(documents):
+    batch = Collator()(documents[:4])
+    assert batch["input_ids"].shape == (1, sum(len(document["input_ids"]) for ((document,)) in documents[:4]))
+    assert "attention_mask" not in batch and (batch["position_ids"] == 0).sum() == 4
+    assert batch["document_lengths"] == [len(document["input_ids"]) for ((document,)) in documents[:4]]
+
+
+def test_padding_is_masked_by_length_and_a_pad_token_in_the_text_stays(documents):
+    ((short,),) = documents[:1]
+    with_pad = {**short, "input_ids": [0, *short["input_ids"]], "labels": [IGNORE_INDEX, *short["labels"]]}
+    batch = Collator(padding_free=False)([[with_pad], *documents[1:2]])
+    assert batch["attention_mask"].sum(1).tolist() == [len(with_pad["input_ids"]), len(documents[1][0]["input_ids"])]
+
+
+def test_truncated_documents_end_with_a_label(documents):
+    labels = [IGNORE_INDEX, 5, 6, IGNORE_INDEX, 7, 8]
+    document = {"input_ids": [1, 5, 6, 2, 7, 8], "labels": labels, "turns": [2, 4]}
+    assert batches.truncated([document], 5) == [{"input_ids": [1, 5, 6], "labels": labels[:3], "turns": [2]}]
+    assert batches.truncated([document], 2) == []
