@@ -80,8 +80,8 @@ def given(argv):
 
 def _raise(message):
     """One sentence, with one spelling of the flag: argparse names --learning_rate/--learning-rate."""
-    message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split())).rstrip(".")
-    raise UserError(f"{message[:1].upper()}{message[1:]}.") from None
+    message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split()))
+    raise UserError(message.rstrip(".") + ".") from None
 
 
 def _unknown(word, flags):
@@ -244,10 +244,11 @@ def _group(parser, classes):
     parser._action_groups.append(inherited)
 
 
+KINDS = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}  # an argument's type and its name in --help
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """One spelling of each flag, the kind of its value, and its default where the text does not tell it."""
-
-    KINDS = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}
 
     def add_argument(self, action):
         if not isinstance(action, argparse._StoreFalseAction):  # --no_x, the twin of --x
@@ -256,7 +257,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action):
         if action.nargs == 0:
             return ", ".join(action.option_strings)
-        kind = self.KINDS.get(getattr(action.type, "__name__", None), "TEXT")
+        kind = KINDS.get(getattr(action.type, "__name__", None), "TEXT")
         return f"{action.option_strings[0]} {self._format_args(action, kind)}"
 
     def _get_help_string(self, action):
@@ -281,4 +282,4 @@ def say(text):
 
 def rank():
     """Number of this process among all that train together, before and without torch.distributed."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", "0"))

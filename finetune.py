@@ -54,14 +54,16 @@ class ModelArguments:
         default="auto",
         metadata={
             "help": "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... Default auto: packed, which never "
-            "computes one conversation against another, or sdpa for models with a sliding window. Change it for a kernel "
-            "that is faster on your GPU."
+            "computes one conversation against another, or sdpa for models with a sliding window. Change it for a "
+            "kernel that is faster on your GPU."
         },
     )
     chat_template: str = field(
         default=None,
-        metadata={"help": "Jinja file of a chat template to use and save instead of the model's own. Default none: "
-        "for a base model that has none, or a format of your own."},
+        metadata={
+            "help": "Jinja file of a chat template to use and save instead of the model's own. Default none: "
+            "for a base model that has none, or a format of your own."
+        },
     )
     rope_scaling: str = field(
         default=None,
@@ -87,8 +89,8 @@ class DataArguments:
     eval_data_path: list[str] = field(
         default=None,
         metadata={
-            "help": "One or more files to evaluate on, each reported apart, once an epoch unless --eval_strategy is given. "
-            "Default none; with one, over-fitting shows and the best model is kept in `best`."
+            "help": "One or more files to evaluate on, each reported apart, once an epoch unless --eval_strategy is "
+            "given. Default none; with one, over-fitting shows and the best model is kept in `best`."
         },
     )
     eval_ratio: float = field(
@@ -124,21 +126,22 @@ class DataArguments:
     preview: int = field(
         default=0,
         metadata={
-            "help": "Print so many conversations with their supervised tokens marked, and end. Default 0: train. For a first "
-            "look at a new file."
+            "help": "Print so many conversations with their supervised tokens marked, and end. Default 0: train. For a "
+            "first look at a new file."
         },
     )
     validate_only: bool = field(
         default=False,
         metadata={
-            "help": "Read, render and check all data without loading weights, and end. Default False. Before a long run."
+            "help": "Read, render and check all data without loading weights, and end. Default False. For use "
+            "before a long run."
         },
     )
     dump_tokens: str = field(
         default=None,
         metadata={
-            "help": "File to write what would be trained to, as JSON Lines of ids and labels, and end. Default none. To "
-            "compare with another program."
+            "help": "File to write what would be trained to, as JSON Lines of ids and labels, and end. Default none. "
+            "For comparison with another program."
         },
     )
     eval_generate: int = field(
@@ -158,8 +161,8 @@ class DataArguments:
     train_on: Literal["all_turns", "last_turn"] = field(
         default="all_turns",
         metadata={
-            "help": "Which assistant turns are learnt: all_turns (default) or last_turn, when only the last answer is good. "
-            'A message with "train": false is never learnt.'
+            "help": "Which assistant turns are learnt: all_turns (default) or last_turn, when only the last answer is "
+            'good. A message with "train": false is never learnt.'
         },
     )
 
@@ -167,7 +170,8 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str = field(
-        default=None, metadata={"help": "Folder for downloaded models. Default: the hub's own; another when that disk is full."}
+        default=None,
+        metadata={"help": "Folder for downloaded models. Default: the hub's own; another when that disk is full."},
     )
     model_max_length: int = field(
         default=None,
@@ -215,7 +219,8 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Checkpoints kept on disk, the newest ones. Default 2; more when disk allows, 0 for all."},
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide non-finite losses in the log. Default False: they stop the run, as they should."}
+        default=False,
+        metadata={"help": "Hide non-finite losses in the log. Default False: they stop the run, as they should."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Has no use here: batches hold only what the model needs. Default False."}
@@ -297,8 +302,8 @@ class LoraArguments:
     init_lora_weights: str = field(
         default="true",
         metadata={
-            "help": "How the adapter starts: true (default: as no change), gaussian, pissa, olora, orthogonal. pissa at "
-            "times learns faster, and changes the base model."
+            "help": "How the adapter starts: true (default: as no change), gaussian, pissa, olora, orthogonal. pissa "
+            "at times learns faster, and changes the base model."
         },
     )
     trainable_token_indices: list[int] = field(

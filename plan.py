@@ -93,11 +93,10 @@ def _steps(trainer):
     total, epoch, warmup = steps(trainer)
     text = (
         f"{len(trainer.train_dataset):,} rows / ({args.train_batch_size} a device x {args.gradient_accumulation_steps} "
-        f"accumulated x {args.world_size} ranks) = {epoch:,} an epoch x {args.num_train_epochs:g} epochs = {total:,} "
-        f"optimizer steps"
+        f"accumulated x {args.world_size} ranks) = {epoch:,} an epoch"
     )
-    if args.max_steps > 0:
-        text = f"{total:,} optimizer steps (--max_steps), {epoch:,} an epoch"
+    text += "; " if args.max_steps > 0 else f" x {args.num_train_epochs:g} epochs = "
+    text += f"{total:,} optimizer steps{' (--max_steps)' * (args.max_steps > 0)}"
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     text += f", {warmup:,} of them warm-up to a learning rate of {args.learning_rate:g}, then {kind}"
     return text + ("; few steps: the model may learn little, raise --num_train_epochs" if total < 50 else "")

@@ -43,11 +43,12 @@ class ChatEncoder:
     Args:
         tokenizer: a fast (Rust) tokenizer with a chat template.
         train_on: "all_turns" or "last_turn".
-        thinking: what becomes of thoughts, in `reasoning_content` or between <think> and </think> before the text. A
-            turn that has one is trained with it (auto, keep), after the prompt of serving with enable_thinking=True, or
-            without it (strip, empty). A turn that has none follows the prompt of enable_thinking=False (auto, empty) or
-            the default prompt (keep, strip; that of enable_thinking=False if the default opens a thought); no empty
-            thought is learnt. Also, keep writes a `reasoning_content` that the template does not know into the text.
+        thinking: what becomes of thoughts, in `reasoning_content` or between <think> and </think> before the text (the
+            same thing for a template that knows thoughts). A turn that has one is trained with it (auto, keep), after
+            the prompt of enable_thinking=True, or without it (strip, empty). A turn that has none follows the prompt of
+            enable_thinking=False (auto, empty) or the default prompt (keep, strip), or again that of False where the
+            default opens a thought; a thought that the template puts in is not learnt. Also, keep writes a
+            `reasoning_content` that the template does not know into the text.
     Attributes:
         stop_token, stop_id: what ends an assistant turn in this template, as text and as id.
     Raises:
@@ -67,16 +68,22 @@ class ChatEncoder:
         self._markup = _any_of(markup)
         self._byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__()) if self.backend.decoder else False
         self._header_ids = {}
-        self.stop_token, self.stop_id = self._find_stop()
+        self._find_stop()
         self._probe_template()
 
     def _find_stop(self):
+        from jinja2 import TemplateError
+
         user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}
-        _, _, after = self._render([user, answer]).partition(_PROBE)
-        stop = self._special.search(after)
-        if not stop or after[: stop.start()].strip():
+        try:
+            last, earlier = (self._render(m).partition(_PROBE)[2] for m in ([user, answer], [user, answer, user]))
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses a question and its answer in plain text: {error}") from None
+        stop = self._special.match(last.lstrip())
+        if not stop:
             raise ValueError("the chat template ends an assistant turn with no control token, so no stop can be learnt")
-        return stop.group(), self.tokenizer.convert_tokens_to_ids(stop.group())
+        self.stop_token, self.stop_id = stop.group(), self.tokenizer.convert_tokens_to_ids(stop.group())
+        self._stops_earlier_turns = earlier.lstrip().startswith(self.stop_token)
 
     def _probe_template(self):
         """Find out what the template knows, by rendering a word that must come out again."""
@@ -186,8 +193,6 @@ class ChatEncoder:
             if self.thinking == "keep" and thought.strip():
                 content = f"<think>\n{thought}\n</think>\n\n{content}"
             thought = ""
-        elif inline and not inner and self.thinking == "auto":
-            content = text
         elif inline and not self._finds_thoughts and not thought.strip():
             content, thought = text, inner
         message = {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": content}
@@ -237,10 +242,19 @@ class ChatEncoder:
             if put_in and i != draft.supervised[-1]:
                 return None
             text, end = text[:start] + text[start + put_in :], end - put_in
-            if not _says(draft.messages[i], text[start:end]):
+            overlaps = spans and start < spans[-1][1]
+            if overlaps or not _says(draft.messages[i], text[start:end]) or not self._ends(draft, i, text[start:end]):
                 return None
             spans.append((start, end))
         return [_Document(text[: spans[-1][1]], spans, draft.supervised)]
+
+    def _ends(self, draft, i, answer):
+        """Whether an answer in the whole conversation stops where it does as the last turn; in gpt-oss it does not."""
+        message, *later = draft.messages[i:]
+        if not later or not message.get("tool_calls"):
+            return not later or self._stops_earlier_turns
+        alone = self._render(draft.messages[: i + 1], draft.tools, thinking=self._prompt(draft, i)[1])
+        return alone.rpartition(self.stop_token)[0].endswith(answer.removesuffix(self.stop_token))
 
     def _single(self, draft, i):
         """One supervised turn as serving would see it: nothing after it exists yet."""
@@ -253,7 +267,7 @@ class ChatEncoder:
         answer = text[start:end]
         answer = answer[self._thought_put_in(message, answer) :]
         if not _says(message, answer):
-            if not _says({**message, "reasoning_content": None}, answer, but_thought=True):
+            if self._knows_thoughts or not _says(message, answer, but_thought=True):
                 raise ValueError(f"turn {i + 1}: the chat template leaves out part of this turn's text")
             if NO_THOUGHT not in draft.notes:
                 draft.notes.append(NO_THOUGHT)
@@ -262,22 +276,27 @@ class ChatEncoder:
     def _after_header(self, draft, i, text):
         """What follows the header of the last turn in `text`, where the template renders what is before it otherwise.
 
-        Qwen3 puts an empty thought into an assistant turn only as long as no other assistant turn follows it.
+        Qwen3 puts an empty thought into an assistant turn only after a user message and as long as no other assistant
+        turn follows it.
         """
         prompt, mode = self._prompt(draft, i)
         header = prompt.removeprefix(self._render(draft.messages[:i], draft.tools, thinking=mode))
         opening = self._special.match(header)
-        start = text.rfind(opening.group()) if opening else -1
-        if start < 0 or not text.startswith(header, start):
-            reason = "a prompt that opens a thought, which this turn lacks" if prompt.rstrip().endswith("<think>") else (
-                "an answer that does not follow its prompt")  # fmt: skip
-            raise ValueError(f"turn {i + 1}: the chat template renders {reason}")
-        return text[start + len(header) :]
+        last = text[text.rfind(opening.group()) :] if opening else ""
+        for begin in (header, re.sub(_EMPTY_THOUGHT.pattern + "$", "", header)):
+            if last.startswith(begin):
+                return last[len(begin) :]
+        reason = "a prompt that opens a thought, which this turn lacks" if prompt.rstrip().endswith("<think>") else (
+            "an answer that does not follow its prompt")  # fmt: skip
+        raise ValueError(f"turn {i + 1}: the chat template renders {reason}")
 
     def _thought_put_in(self, message, answer):
         """Length of an empty thought with which the template began the answer; the data did not have it."""
-        empty = _EMPTY_THOUGHT.match(answer)
-        return empty.end() if empty and not _EMPTY_THOUGHT.match(message["content"].lstrip()) else 0
+        empty, thought = _EMPTY_THOUGHT.match(answer), _thought_of(message)
+        meant = self.thinking != "auto" or not self._knows_thoughts  # an empty thought in the data is learnt as text
+        if not empty or (thought and thought in answer) or (meant and _EMPTY_THOUGHT.match(message["content"].lstrip())):
+            return 0
+        return empty.end()
 
     def _answer_end(self, text, start):
         # Control-token text inside contents is defused, so the first stop token is the template's own.

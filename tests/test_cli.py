@@ -109,7 +109,13 @@ def test_a_config_file_sets_every_field_of_transformers_training_arguments(name,
         value = not default
     else:
         value = default + 1 if isinstance(default, (int, float)) else "full_shard" if name == "fsdp" else "text"
-    entries = {"model_name_or_path": "model", "data_path": "a", "eval_data_path": "b", **NEEDS.get(name, {}), name: value}
+    entries = {
+        "model_name_or_path": "model",
+        "data_path": "a",
+        "eval_data_path": "b",
+        **NEEDS.get(name, {}),
+        name: value,
+    }
     held = getattr(settings([written(tmp_path / "run.json", json.dumps(entries))]), name)
     if name in ("accelerator_config", "parallelism_config"):
         held = {key: getattr(held, key) for key in value}
@@ -221,8 +227,8 @@ def test_a_first_flag_whose_value_ends_in_json_is_no_config_file():
         ("run.yaml", None, r"run\.yaml: cannot be read \(No such file or directory\)\."),
         ("run.yaml", "learning_rat: 1e-4", r"Unknown flag '--learning_rat'\. Did you mean --learning_rate\?"),
         ("run.json", '{"lora": {"r": 8}}', r"Unknown flag '--lora'\. Did you mean --\w*lora\w*\?"),
-        ("run.yaml", "learning_rate: fast", r"Argument --learning_rate: invalid float value: 'fast'\."),
-        ("run.yaml", "max_steps: {a: 1}", r"Argument --max_steps: invalid int value: '{\"a\": 1}'\."),
+        ("run.yaml", "learning_rate: fast", r"argument --learning_rate: invalid float value: 'fast'\."),
+        ("run.yaml", "max_steps: {a: 1}", r"argument --max_steps: invalid int value: '{\"a\": 1}'\."),
     ],
 )
 def test_a_config_file_that_cannot_be_used_is_one_sentence(name, text, message, tmp_path):
@@ -626,23 +632,23 @@ UNKNOWN = [
     ("--seed 1 2", "Unexpected word '2'. See --help."),
 ]
 WRONG = [
-    ("--learning_rate abc", r"Argument --learning_rate: invalid float value: 'abc'\."),
-    ("--num_train_epochs", r"Argument --num_train_epochs: expected one argument\."),
-    ("--data_path", r"Argument --data_path: expected at least one argument\."),
-    ("--use_lora perhaps", r"Argument --use_lora: .+perhaps.+\."),
-    ("--seed 1.5", r"Argument --seed: invalid int value: '1\.5'\."),
-    ("--overlong cut", r"Argument --overlong: invalid choice: 'cut' \(choose from .*drop.*truncate.*error.*\)\."),
-    ("--thinking hard", r"Argument --thinking: invalid choice: 'hard' .+\."),
-    ("--train_on first", r"Argument --train_on: invalid choice: 'first' .+\."),
-    ("--lora_bias some", r"Argument --lora_bias: invalid choice: 'some' .+\."),
-    ("--optim nonsense", r"Argument --optim: invalid choice: 'nonsense' \(choose from .*adamw_torch.*\)\."),
-    ("--lr_scheduler_type nonsense", r"Argument --lr_scheduler_type: invalid choice: 'nonsense' .*cosine.*\."),
-    ("--save_strategy sometimes", r"Argument --save_strategy: invalid choice: 'sometimes' .*no.*steps.*epoch.*\."),
-    ("--lr_scheduler_kwargs {a:1}", r"Argument --lr_scheduler_kwargs: not valid JSON: .+\."),
-    ("--liger_kernel_config rope", r"Argument --liger_kernel_config: not valid JSON: .+\."),
+    ("--learning_rate abc", r"argument --learning_rate: invalid float value: 'abc'\."),
+    ("--num_train_epochs", r"argument --num_train_epochs: expected one argument\."),
+    ("--data_path", r"argument --data_path: expected at least one argument\."),
+    ("--use_lora perhaps", r"argument --use_lora: .+perhaps.+\."),
+    ("--seed 1.5", r"argument --seed: invalid int value: '1\.5'\."),
+    ("--overlong cut", r"argument --overlong: invalid choice: 'cut' \(choose from .*drop.*truncate.*error.*\)\."),
+    ("--thinking hard", r"argument --thinking: invalid choice: 'hard' .+\."),
+    ("--train_on first", r"argument --train_on: invalid choice: 'first' .+\."),
+    ("--lora_bias some", r"argument --lora_bias: invalid choice: 'some' .+\."),
+    ("--optim nonsense", r"argument --optim: invalid choice: 'nonsense' \(choose from .*adamw_torch.*\)\."),
+    ("--lr_scheduler_type nonsense", r"argument --lr_scheduler_type: invalid choice: 'nonsense' .*cosine.*\."),
+    ("--save_strategy sometimes", r"argument --save_strategy: invalid choice: 'sometimes' .*no.*steps.*epoch.*\."),
+    ("--lr_scheduler_kwargs {a:1}", r"argument --lr_scheduler_kwargs: not valid JSON: .+\."),
+    ("--liger_kernel_config rope", r"argument --liger_kernel_config: not valid JSON: .+\."),
     ("--flash_attn perhaps", r"--flash_attn perhaps: expected true or false\."),
     ("--warmup_ratio 1.0", r"--warmup_ratio 1\.0: expected a share of all steps, below 1; .+\."),
-    ("--warmup_steps -1", r".*warmup_steps = -1.*\."),
+    ("--warmup_steps -1", r"(Got )?warmup_steps .+\."),
     ("--accelerator_config no_such_file.json", r".*No such file or directory: 'no_such_file\.json'\."),
     ("--fp16 --bf16", r"--fp16 and --bf16 exclude each other; give one of them\."),
     ("--per_device_train_batch_size 0", r"--per_device_train_batch_size 0: expected a number of at least 1\."),
@@ -669,7 +675,9 @@ def test_an_unknown_flag_is_an_error_that_names_the_nearest(flags, message):
 
 
 @pytest.mark.parametrize("flags, message", WRONG)
-def test_a_wrong_value_is_one_sentence_and_the_program_leaves_with_code_2(flags, message, tmp_path, monkeypatch, capsys):
+def test_a_wrong_value_is_one_sentence_and_the_program_leaves_with_code_2(
+    flags, message, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["finetune.py", *PATHS, "--output_dir", str(out), *flags.split()])
     with pytest.raises(SystemExit) as left:
@@ -696,7 +704,7 @@ def test_a_mistake_is_told_before_any_notice(capsys):
 @pytest.mark.parametrize("flags", ["--warmup_ratio 0.1 --learning_rat 1e-4", "--warmup_ratio 0.1 --lora_dropout 1.5"])
 def test_the_program_tells_a_mistake_without_a_traceback(flags, tmp_path):
     command = [sys.executable, SCRIPT, *PATHS, "--output_dir", tmp_path / "out", *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert done.stdout == "--warmup_ratio is now --warmup_steps: using --warmup_steps=0.1.\n"
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
@@ -709,7 +717,7 @@ def test_the_program_tells_a_mistake_without_a_traceback(flags, tmp_path):
 @pytest.mark.parametrize("flags", ["--help", "run.yaml --use_lora -h"])
 def test_help_answers_within_five_seconds_and_shows_our_flags_first(flags):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, SCRIPT, *flags.split()], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, SCRIPT, *flags.split()], capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # whatever else the machine does

@@ -23,9 +23,9 @@ ROWS = [{"prompt": f"question {n}", "completion": "word " * length} for n, lengt
 
 
 @pytest.fixture(scope="module")
-def documents(qwen_folder, tmp_path_factory):
+def documents(tiny_model, tmp_path_factory):
     path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
-    encoder = ChatEncoder(AutoTokenizer.from_pretrained(qwen_folder))
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(tiny_model))
     conversations = Conversations([str(path)])
     return [encoder.encode(conversations[i]).documents for i in range(len(ROWS))]
 
