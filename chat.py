@@ -16,6 +16,7 @@ def main():
     parser.add_argument("--system", help="System message. Default: the template's own.")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="Longest answer in tokens. Default 512.")
     args = parser.parse_args()
+    cli.quiet()
     try:
         model, tokenizer = evaluate.load(args.model_name_or_path)
         stop_id = evaluate.ChatEncoder(tokenizer).stop_id

@@ -11,10 +11,12 @@ import dataclasses
 import difflib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
 import typing
+import warnings
 
 from conversations import UserError
 
@@ -272,6 +274,14 @@ def fail(error):
     """Print a user's mistake as one sentence and leave with exit code 2."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def quiet():
+    """Leave out what libraries say of themselves at import, which no user of this script can act on."""
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels for CPU inference
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
 
 
 def say(text):

@@ -23,6 +23,7 @@ def main():
     import cli
     from conversations import UserError
 
+    cli.quiet()
     seconds = {}
 
     def stage(name, function, *args):
@@ -43,11 +44,14 @@ def run(stage, seconds):
     from demo_model import demo_model
 
     model = stage("get the model", demo_model)
+    import transformers
+
     import evaluate  # imports torch: after the download, which does not need it
     import finetune
     from conversations import Conversations
     from merge import merge
 
+    transformers.utils.logging.disable_progress_bar()
     source = Conversations([TRAINING["--data_path"].replace("train", "validation")])
     held_out = [source[i] for i in range(len(source))]
 
@@ -70,7 +74,7 @@ def run(stage, seconds):
         print(f"after:  {answers_after[i]}")
         print(f"wanted: {asked[i].reference}")
     print(f"\nadapter       {OUTPUT} (best by held-out loss: {OUTPUT}/best)")
-    print(f"merged model  {OUTPUT}-merged (differs from the adapter by {difference:.1e} in probability)")
+    print(f"merged model  {OUTPUT}-merged (its logits differ from the adapter's by {difference:.1e})")
     print(f"loss curve    {OUTPUT}/loss.png")
     print("seconds       " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     with open(os.path.join(OUTPUT, "metrics.json"), "w", encoding="utf-8") as file:

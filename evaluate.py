@@ -24,11 +24,11 @@ from hardware import best_dtype
 from tokens import ChatEncoder, supervised_runs
 
 
-def load(folder, dtype=None):
+def load(folder, dtype=None, device=None):
     """Model and tokenizer from a model folder, a hub name or an adapter folder (its base model is looked up).
 
     Returns:
-        (model in evaluation mode on the GPU if there is one, tokenizer); `dtype` None means the fastest here.
+        (model in evaluation mode, tokenizer); `device` None means the GPU if there is one, `dtype` None the fastest here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -37,20 +37,20 @@ def load(folder, dtype=None):
     if adapter:
         with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
             base = json.load(file)["base_model_name_or_path"]
-    cpu = not torch.cuda.is_available()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     attention.register()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         config = AutoConfig.from_pretrained(base)
         kernel = {"attn_implementation": attention.PACKED} if attention.can_pack(config.get_text_config()) else {}
-        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype or best_dtype(cpu), **kernel)
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype or best_dtype(device == "cpu"), **kernel)
     except OSError as error:
         raise UserError(f"{folder}: cannot be loaded as a model: {str(error).splitlines()[0]}") from None
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder)
-    return model.eval().to("cpu" if cpu else "cuda"), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 class Question(NamedTuple):
@@ -177,6 +177,7 @@ def main():
     parser.add_argument("--metric", help="file.py:function, a measure of your own.")
     parser.add_argument("--output", help="File for the answers, one JSON object a line.")
     args = parser.parse_args()
+    cli.quiet()
     try:
         metric = load_metric(args.metric) if args.metric else None
         source = Conversations(args.data_path)

@@ -45,189 +45,119 @@ from tokens import ChatEncoder
 # Arguments
 
 
+def flag(default, help, **more):
+    """A field of an argument class with the text that --help shows."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+# fmt: off
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(
-        default=None, metadata={"help": "Folder or hub name of the model to start from. Required."}
+    model_name_or_path: str = flag(None, "Folder or hub name of the model to start from. Required.")
+    attn_implementation: str = flag("auto",
+        "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... Default auto: packed, which never "
+        "computes one conversation against another, or sdpa for models with a sliding window. Change it for a kernel "
+        "that is faster on your GPU."
     )
-    attn_implementation: str = field(
-        default="auto",
-        metadata={
-            "help": "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... Default auto: packed, which never "
-            "computes one conversation against another, or sdpa for models with a sliding window. Change it for a "
-            "kernel that is faster on your GPU."
-        },
+    chat_template: str = flag(None,
+        "Jinja file of a chat template to use and save instead of the model's own. Default none: for a base model "
+        "that has none, or a format of your own."
     )
-    chat_template: str = field(
-        default=None,
-        metadata={
-            "help": "Jinja file of a chat template to use and save instead of the model's own. Default none: "
-            "for a base model that has none, or a format of your own."
-        },
+    rope_scaling: str = flag(None,
+        "yarn, linear or dynamic: stretch the positions when --model_max_length exceeds the model's window. Default "
+        "none: a longer --model_max_length is refused."
     )
-    rope_scaling: str = field(
-        default=None,
-        metadata={
-            "help": "yarn, linear or dynamic: stretch the positions when --model_max_length exceeds the model's window. "
-            "Default none: a longer --model_max_length is refused."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that comes with the model. Default False; Qwen1.5 and later need none."},
+    trust_remote_code: bool = flag(False,
+        "Run code that comes with the model. Default False; Qwen1.5 and later need none."
     )
 
 
 @dataclass
 class DataArguments:
-    data_path: list[str] = field(
-        default=None,
-        metadata={
-            "help": "One or more training files (JSON, JSON Lines, .gz of these, Parquet, CSV) or a hub dataset. Required."
-        },
+    data_path: list[str] = flag(None,
+        "One or more training files (JSON, JSON Lines, .gz of these, Parquet, CSV) or a hub dataset. Required."
     )
-    eval_data_path: list[str] = field(
-        default=None,
-        metadata={
-            "help": "One or more files to evaluate on, each reported apart, once an epoch unless --eval_strategy is "
-            "given. Default none; with one, over-fitting shows and the best model is kept in `best`."
-        },
+    eval_data_path: list[str] = flag(None,
+        "One or more files to evaluate on, each reported apart, once an epoch unless --eval_strategy is given. "
+        "Default none; with one, over-fitting shows and the best model is kept in `best`."
     )
-    eval_ratio: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the training rows, 0 to 1, held out for evaluation, drawn with --seed. Default 0. Use it "
-            "when there is no --eval_data_path."
-        },
+    eval_ratio: float = flag(0.0,
+        "Share of the training rows, 0 to 1, held out for evaluation, drawn with --seed. Default 0. Use it when "
+        "there is no --eval_data_path."
     )
-    lazy_preprocess: bool = field(
-        default=False,
-        metadata={
-            "help": "Tokenise rows when they are needed instead of all before the first step. Default False. For files "
-            "of more than some 100,000 rows."
-        },
+    lazy_preprocess: bool = flag(False,
+        "Tokenise rows when they are needed instead of all before the first step. Default False. For files of more "
+        "than some 100,000 rows."
     )
-    overlong: Literal["drop", "truncate", "error"] = field(
-        default="drop",
-        metadata={
-            "help": "What becomes of conversations longer than --model_max_length: drop (default), truncate (after the "
-            "last assistant turn that fits whole) or error. Change it when long ones must not be lost."
-        },
+    overlong: Literal["drop", "truncate", "error"] = flag("drop",
+        "What becomes of conversations longer than --model_max_length: drop (default), truncate (after the last "
+        "assistant turn that fits whole) or error. Change it when long ones must not be lost."
     )
-    thinking: Literal[tokens.THINKING] = field(
-        default="auto",
-        metadata={
-            "help": "Thoughts (reasoning_content, <think>): auto (default) trains those in the data and puts turns without "
-            "one after the prompt of enable_thinking=False; keep trains them and puts the others after the default "
-            "prompt; strip removes them; empty removes them and uses the prompt of enable_thinking=False throughout. "
-            "Change it when the data and the use differ in thinking."
-        },
+    thinking: Literal[tokens.THINKING] = flag("auto",
+        "Thoughts (reasoning_content, <think>): auto (default) trains those in the data and puts turns without one "
+        "after the prompt of enable_thinking=False; keep trains them and puts the others after the default prompt; "
+        "strip removes them; empty removes them and uses the prompt of enable_thinking=False throughout. Change it "
+        "when the data and the use differ in thinking."
     )
-    preview: int = field(
-        default=0,
-        metadata={
-            "help": "Print so many conversations with their supervised tokens marked, and end. Default 0: train. For a "
-            "first look at a new file."
-        },
+    preview: int = flag(0,
+        "Print so many conversations with their supervised tokens marked, and end. Default 0: train. For a first "
+        "look at a new file."
     )
-    validate_only: bool = field(
-        default=False,
-        metadata={
-            "help": "Read, render and check all data without loading weights, and end. Default False. For use "
-            "before a long run."
-        },
+    validate_only: bool = flag(False,
+        "Read, render and check all data without loading weights, and end. Default False. For use before a long run."
     )
-    dump_tokens: str = field(
-        default=None,
-        metadata={
-            "help": "File to write what would be trained to, as JSON Lines of ids and labels, and end. Default none. "
-            "For comparison with another program."
-        },
+    dump_tokens: str = flag(None,
+        "File to write what would be trained to, as JSON Lines of ids and labels, and end. Default none. For "
+        "comparison with another program."
     )
-    eval_generate: int = field(
-        default=0,
-        metadata={
-            "help": "Answer so many held-out prompts at each evaluation and log exact_match and valid_json. Default 0; "
-            "some dozens tell more than the loss does."
-        },
+    eval_generate: int = flag(0,
+        "Answer so many held-out prompts at each evaluation and log exact_match and valid_json. Default 0; some "
+        "dozens tell more than the loss does."
     )
-    metric: str = field(
-        default=None,
-        metadata={
-            "help": "file.py:function, a measure for --eval_generate: function(answer, reference, messages) -> number. "
-            "Default none."
-        },
+    metric: str = flag(None,
+        "file.py:function, a measure for --eval_generate: function(answer, reference, messages) -> number. Default "
+        "none."
     )
-    train_on: Literal["all_turns", "last_turn"] = field(
-        default="all_turns",
-        metadata={
-            "help": "Which assistant turns are learnt: all_turns (default) or last_turn, when only the last answer is "
-            'good. A message with "train": false is never learnt.'
-        },
+    train_on: Literal["all_turns", "last_turn"] = flag("all_turns",
+        "Which assistant turns are learnt: all_turns (default) or last_turn, when only the last answer is good. A "
+        'message with "train": false is never learnt.'
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    cache_dir: str = field(
-        default=None,
-        metadata={"help": "Folder for downloaded models. Default: the hub's own; another when that disk is full."},
+    cache_dir: str = flag(None, "Folder for downloaded models. Default: the hub's own; another when that disk is full.")
+    model_max_length: int = flag(None,
+        "Longest conversation in tokens. Default 8192, or the model's window if that is shorter. Lower it to save "
+        "memory, raise it when the start block reports dropped rows; see --overlong."
     )
-    model_max_length: int = field(
-        default=None,
-        metadata={
-            "help": "Longest conversation in tokens. Default 8192, or the model's window if that is shorter. Lower it to "
-            "save memory, raise it when the start block reports dropped rows; see --overlong."
-        },
+    use_lora: bool = flag(False,
+        "Train a LoRA adapter instead of all weights. Default False; it needs far less memory."
     )
-    use_lora: bool = field(
-        default=False,
-        metadata={"help": "Train a LoRA adapter instead of all weights. Default False; it needs far less memory."},
+    padding_free: bool = flag(True,
+        "Lay the conversations of a micro-batch side by side in one row instead of padding them. Default True. Set "
+        "False for models that cannot keep them apart."
     )
-    padding_free: bool = field(
-        default=True,
-        metadata={
-            "help": "Lay the conversations of a micro-batch side by side in one row instead of padding them. Default "
-            "True. Set False for models that cannot keep them apart."
-        },
+    bf16: bool = flag(None,
+        "Compute in bfloat16. Default: where the hardware is fast in it. False computes in float32."
     )
-    bf16: bool = field(
-        default=None,
-        metadata={"help": "Compute in bfloat16. Default: where the hardware is fast in it. False computes in float32."},
+    fp16: bool = flag(None, "Compute in float16. Default: on GPUs without bfloat16, which need it.")
+    optim: OptimizerNames = flag("adamw_torch",
+        "Optimizer, by its transformers name. Default adamw_torch; adamw_8bit or adafactor save memory in full "
+        "training.",
+    metavar="NAME")
+    lr_scheduler_type: SchedulerType = flag("cosine",
+        "Learning-rate schedule, by its transformers name. Default cosine; constant_with_warmup when you do not know "
+        "how long you will train.",
+    metavar="NAME")
+    save_total_limit: int = flag(2,
+        "Checkpoints kept on disk, the newest ones. Default 2; more when disk allows, 0 for all."
     )
-    fp16: bool = field(
-        default=None, metadata={"help": "Compute in float16. Default: on GPUs without bfloat16, which need it."}
+    logging_nan_inf_filter: bool = flag(False,
+        "Hide non-finite losses in the log. Default False: they stop the run, as they should."
     )
-    optim: OptimizerNames = field(
-        default="adamw_torch",
-        metadata={
-            "help": "Optimizer, by its transformers name. Default adamw_torch; adamw_8bit or adafactor save memory in "
-            "full training.",
-            "metavar": "NAME",
-        },
-    )
-    lr_scheduler_type: SchedulerType = field(
-        default="cosine",
-        metadata={
-            "help": "Learning-rate schedule, by its transformers name. Default cosine; constant_with_warmup when you "
-            "do not know how long you will train.",
-            "metavar": "NAME",
-        },
-    )
-    save_total_limit: int = field(
-        default=2,
-        metadata={"help": "Checkpoints kept on disk, the newest ones. Default 2; more when disk allows, 0 for all."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Hide non-finite losses in the log. Default False: they stop the run, as they should."},
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Has no use here: batches hold only what the model needs. Default False."}
-    )
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Evaluation keeps losses, never logits, in memory. Default True."}
-    )
+    remove_unused_columns: bool = flag(False, "Has no use here: batches hold only what the model needs. Default False.")
+    prediction_loss_only: bool = flag(True, "Evaluation keeps losses, never logits, in memory. Default True.")
 
     def __post_init__(self):
         if self.fp16 and self.bf16:
@@ -254,63 +184,39 @@ class TrainingArguments(transformers.TrainingArguments):
 
 @dataclass
 class LoraArguments:
-    lora_r: int = field(default=64, metadata={"help": "Rank of the adapter. Default 64; 8 to 16 is often enough."})
-    lora_alpha: int = field(
-        default=16,
-        metadata={"help": "Scale: the adapter counts alpha / r times. Default 16; change it in step with --lora_r."},
+    lora_r: int = flag(64, "Rank of the adapter. Default 64; 8 to 16 is often enough.")
+    lora_alpha: int = flag(16,
+        "Scale: the adapter counts alpha / r times. Default 16; change it in step with --lora_r."
     )
-    lora_dropout: float = field(
-        default=0.05,
-        metadata={"help": "Dropout before the adapter, 0 to 1. Default 0.05; more for few data, 0 for many."},
+    lora_dropout: float = flag(0.05, "Dropout before the adapter, 0 to 1. Default 0.05; more for few data, 0 for many.")
+    lora_target_modules: list[str] = flag(None,
+        "Names of the linear layers to adapt. Default: every one except the output head; fewer, such as q_proj "
+        "v_proj, save memory."
     )
-    lora_target_modules: list[str] = field(
-        default=None,
-        metadata={
-            "help": "Names of the linear layers to adapt. Default: every one except the output head; fewer, such as "
-            "q_proj v_proj, save memory."
-        },
+    lora_weight_path: str = flag("", "Folder of an adapter to continue from, with its own rank. Default: a new one.")
+    lora_bias: Literal["none", "all", "lora_only"] = flag("none",
+        "Biases to train with the adapter. Default none; with others the base model is no longer itself when the "
+        "adapter is switched off."
     )
-    lora_weight_path: str = field(
-        default="", metadata={"help": "Folder of an adapter to continue from, with its own rank. Default: a new one."}
+    q_lora: bool = flag(False,
+        "Hold the base model in 4 bits (NF4): a quarter of the memory, somewhat slower. Default False."
     )
-    lora_bias: Literal["none", "all", "lora_only"] = field(
-        default="none",
-        metadata={
-            "help": "Biases to train with the adapter. Default none; with others the base model is no longer itself "
-            "when the adapter is switched off."
-        },
+    use_rslora: bool = flag(False, "Scale by alpha / sqrt(r) instead of alpha / r. Default False; for high ranks.")
+    use_dora: bool = flag(False,
+        "Weight-decomposed LoRA (DoRA): slower, at times better. Default False; for low ranks."
     )
-    q_lora: bool = field(
-        default=False,
-        metadata={
-            "help": "Hold the base model in 4 bits (NF4): a quarter of the memory, somewhat slower. Default False."
-        },
+    modules_to_save: list[str] = flag(None,
+        "Layers trained and saved whole beside the adapter, such as lm_head. Default none: some servers refuse such "
+        "adapters."
     )
-    use_rslora: bool = field(
-        default=False,
-        metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r. Default False; for high ranks."},
+    init_lora_weights: str = flag("true",
+        "How the adapter starts: true (default: as no change), gaussian, pissa, olora, orthogonal. pissa at times "
+        "learns faster, and changes the base model."
     )
-    use_dora: bool = field(
-        default=False,
-        metadata={"help": "Weight-decomposed LoRA (DoRA): slower, at times better. Default False; for low ranks."},
+    trainable_token_indices: list[int] = flag(None,
+        "Ids of tokens whose embeddings are trained too. Default none; for a base model that has never seen the chat "
+        "template's control tokens."
     )
-    modules_to_save: list[str] = field(
-        default=None,
-        metadata={"help": "Layers trained and saved whole beside the adapter, such as lm_head. Default none: some "
-        "servers refuse such adapters."},
-    )  # fmt: skip
-    init_lora_weights: str = field(
-        default="true",
-        metadata={
-            "help": "How the adapter starts: true (default: as no change), gaussian, pissa, olora, orthogonal. pissa "
-            "at times learns faster, and changes the base model."
-        },
-    )
-    trainable_token_indices: list[int] = field(
-        default=None,
-        metadata={"help": "Ids of tokens whose embeddings are trained too. Default none; for a base model that has never "
-        "seen the chat template's control tokens."},
-    )  # fmt: skip
 
 
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
@@ -863,6 +769,7 @@ def train(argv=None):
 
 
 def main():
+    cli.quiet()
     try:
         train()
     except UserError as error:

@@ -2,9 +2,9 @@
 
     python merge.py --adapter output/demo --output output/demo-merged
 
-The base is loaded without quantisation, also for an adapter trained with --q_lora: merging into 4-bit weights rounds
-the adapter away. Logits before and after the merge are compared on a few prompts; a difference above the tolerance of
-the precision is an error and nothing is written.
+The base is loaded in float32 in main memory (4 bytes a parameter), also for an adapter trained with --q_lora: merging
+into 4-bit weights would round the adapter away. Logits of the adapter and of the merged weights, rounded as they will be
+saved, are compared on a few prompts; a difference above what that rounding explains is an error and nothing is written.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import cli
 import evaluate
 from conversations import UserError
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # largest difference of probabilities
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # norm of the difference / norm of the logits
 PROMPTS = ["Hello", "What is the capital of France?", "Write a haiku.", "1 + 1 =", '{"key": "value"}']
 
 
@@ -24,24 +24,28 @@ def merge(adapter, output, dtype=torch.bfloat16):
     """Write the merged model, tokenizer, chat template and generation config to `output`.
 
     Returns:
-        the largest difference of any next-token probability between adapter and merged model.
+        how far the merged model's logits are from the adapter's: the largest, over the prompts, of the norm of the
+        difference over the norm of the logits.
     Raises:
         UserError: `adapter` is no adapter, some of its weights find no place in the base, or the difference is too big.
     """
     if not os.path.exists(os.path.join(adapter, "adapter_config.json")):
         raise UserError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter.")
-    model, tokenizer = evaluate.load(adapter, dtype)
+    model, tokenizer = evaluate.load(adapter, torch.float32, device="cpu")
     _all_weights_placed(model, adapter)
-    before = _probabilities(model, tokenizer)
+    before = _logits(model, tokenizer)
     model = model.merge_and_unload()
-    difference = max((a - b).abs().max().item() for a, b in zip(before, _probabilities(model, tokenizer)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    difference = max(((a - b).norm() / a.norm()).item() for a, b in zip(before, _logits(model, tokenizer), strict=True))
     if not difference <= TOLERANCE[dtype]:
         raise UserError(
-            f"{adapter}: the merged model differs from the adapter by {difference:.1e} in probability, more than the "
+            f"{adapter}: the merged model's logits differ from the adapter's by {difference:.1e}, more than the "
             f"{TOLERANCE[dtype]:.0e} that {dtype} explains; nothing was written. Merge with --dtype float32."
         )
     model.config.use_cache = True
-    model.save_pretrained(output)
+    model.to(dtype).save_pretrained(output)
     tokenizer.save_pretrained(output)
     generation = os.path.join(adapter, "generation_config.json")
     if os.path.exists(generation):
@@ -62,9 +66,9 @@ def _all_weights_placed(model, adapter):
 
 
 @torch.no_grad()
-def _probabilities(model, tokenizer):
+def _logits(model, tokenizer):
     ids = [tokenizer(text, return_tensors="pt").input_ids.to(model.device) for text in PROMPTS]
-    return [model(input_ids=i, use_cache=False).logits.float().softmax(-1) for i in ids]
+    return [model(input_ids=i, use_cache=False).logits.float() for i in ids]
 
 
 def main():
@@ -73,11 +77,12 @@ def main():
     parser.add_argument("--output", required=True, help="Folder for the merged model.")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="Precision.")
     args = parser.parse_args()
+    cli.quiet()
     try:
         difference = merge(args.adapter, args.output, getattr(torch, args.dtype))
     except UserError as error:
         cli.fail(error)
-    print(f"{args.output}: merged; largest difference of a next-token probability {difference:.1e}")
+    print(f"{args.output}: merged; logits differ from the adapter's by {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ NO_THOUGHT = "with a thought that the template leaves out"
 FIRST = "with a turn before any user message, used as context only"
 _PROBE = "kqzvprobe"  # a word no template contains
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\n{0,2}")
 _PARTS = {"system": "system messages", "tools": "the list of tools", "tool_calls": "tool calls", "tool": "tool results"}
 
 
@@ -235,26 +235,27 @@ class ChatEncoder:
         text, spans = self._render(draft.messages, draft.tools, thinking=mode), []
         for i in draft.supervised:
             prompt, own_mode = self._prompt(draft, i)
-            if own_mode != mode or not text.startswith(prompt):
+            stops = self._stops_earlier_turns or i + 1 == len(draft.messages)
+            if own_mode != mode or not text.startswith(prompt) or not stops:
                 return None
-            start, end = len(prompt), self._answer_end(text, len(prompt))
+            start, end = len(prompt), self._answer_end(text, len(prompt), i)
             put_in = self._thought_put_in(draft.messages[i], text[start:end])
             if put_in and i != draft.supervised[-1]:
                 return None
             text, end = text[:start] + text[start + put_in :], end - put_in
             overlaps = spans and start < spans[-1][1]
-            if overlaps or not _says(draft.messages[i], text[start:end]) or not self._ends(draft, i, text[start:end]):
+            if overlaps or not self._says(draft.messages[i], text[start:end]) or not self._ends(draft, i, text[:end]):
                 return None
             spans.append((start, end))
         return [_Document(text[: spans[-1][1]], spans, draft.supervised)]
 
-    def _ends(self, draft, i, answer):
-        """Whether an answer in the whole conversation stops where it does as the last turn; in gpt-oss it does not."""
-        message, *later = draft.messages[i:]
-        if not later or not message.get("tool_calls"):
-            return not later or self._stops_earlier_turns
-        alone = self._render(draft.messages[: i + 1], draft.tools, thinking=self._prompt(draft, i)[1])
-        return alone.rpartition(self.stop_token)[0].endswith(answer.removesuffix(self.stop_token))
+    def _ends(self, draft, i, text):
+        """Whether an answer with tool calls, the end of `text`, stops in the conversation where it does as the last."""
+        if i + 1 == len(draft.messages) or not draft.messages[i].get("tool_calls"):
+            return True
+        prompt, mode = self._prompt(draft, i)
+        alone = self._render(draft.messages[: i + 1], draft.tools, thinking=mode)
+        return (alone.rpartition(self.stop_token)[0] + self.stop_token).endswith(text[len(prompt) :])
 
     def _single(self, draft, i):
         """One supervised turn as serving would see it: nothing after it exists yet."""
@@ -263,12 +264,15 @@ class ChatEncoder:
         text = self._render(draft.messages[: i + 1], draft.tools, thinking=mode)
         if not text.startswith(prompt):
             text = prompt + self._after_header(draft, i, text)
-        start, end = len(prompt), self._answer_end(text, len(prompt))
+        start, end = len(prompt), self._answer_end(text, len(prompt), i)
         answer = text[start:end]
         answer = answer[self._thought_put_in(message, answer) :]
-        if not _says(message, answer):
-            if self._knows_thoughts or not _says(message, answer, but_thought=True):
-                raise ValueError(f"turn {i + 1}: the chat template leaves out part of this turn's text")
+        if not self._says(message, answer):
+            if self._knows_thoughts or not self._says(message, answer, but_thought=True):
+                raise ValueError(
+                    f"turn {i + 1}: the chat template leaves out part of this turn, as Qwen3's does with what is before a "
+                    '</think>; change its text, or set its "train" to false'
+                )
             if NO_THOUGHT not in draft.notes:
                 draft.notes.append(NO_THOUGHT)
         return _Document(prompt + answer, [(start, start + len(answer))], [i])
@@ -298,11 +302,23 @@ class ChatEncoder:
             return 0
         return empty.end()
 
-    def _answer_end(self, text, start):
+    def _says(self, message, answer, but_thought=False):
+        """Whether a rendered answer holds the message's thought, then its text, and its calls, spaces around aside."""
+        inline = _THOUGHT.match(message["content"])
+        text = (message["content"][inline.end() :] if inline else message["content"]).strip()
+        rest = answer.removesuffix(self.stop_token)
+        for part in [text] if but_thought else [_thought_of(message), text]:
+            _, found, rest = rest.partition(part) if part else ("", True, rest)
+            if not found:
+                return False
+        calls = [call["function"]["name"] for call in message.get("tool_calls") or []]
+        return all(answer.count(name) >= calls.count(name) for name in calls)
+
+    def _answer_end(self, text, start, i):
         # Control-token text inside contents is defused, so the first stop token is the template's own.
         end = text.find(self.stop_token, start)
         if end < 0:
-            raise ValueError("the chat template renders an assistant turn without its stop token")
+            raise ValueError(f"turn {i + 1}: the chat template does not end this turn with {self.stop_token}")
         return end + len(self.stop_token)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -413,15 +429,6 @@ def _thought_of(message):
     """The thought of an assistant message, "" if it has none."""
     inline = _THOUGHT.match(message["content"])
     return (message.get("reasoning_content") or (inline.group(1) if inline else "")).strip()
-
-
-def _says(message, answer, but_thought=False):
-    """Whether a rendered answer holds the message's text, thought and calls, spaces at their ends aside."""
-    inline = _THOUGHT.match(message["content"])
-    text = message["content"][inline.end() :] if inline else message["content"]
-    calls = [call["function"]["name"] for call in message.get("tool_calls") or []]
-    called = all(answer.count(name) >= calls.count(name) for name in calls)
-    return called and text.strip() in answer and (but_thought or _thought_of(message) in answer)
 
 
 class _Document:

@@ -4,6 +4,7 @@ Serving is `apply_chat_template(messages[:i], add_generation_prompt=True)`; ever
 and from what the tests spell out, none from tokens.py.
 """
 
+import copy
 import itertools
 import json
 import re
@@ -81,7 +82,7 @@ def answer_of(tokenizer, name, conversation, i):
         assert answer.startswith(opened)
         return answer.removeprefix(opened)
     assert opened in ("", EMPTY_THOUGHT)  # nothing but an empty thought is taken off an answer without one
-    return answer.removeprefix(EMPTY_THOUGHT)
+    return re.sub(r"^<think>\s*</think>\n\n", "", answer) if name in SWITCH else answer
 
 
 def supervised_turns(tokenizer, name, conversation):
@@ -152,7 +153,8 @@ def replaced(tokenizer, conversation):
 
 def same_text(found, expected):
     """Equal but for white space: Phi-3's control tokens swallow what follows them."""
-    assert "".join(found.split()) == "".join(expected.split())
+    found, expected = ("".join(unicodedata.normalize("NFD", text).split()) for text in (found, expected))
+    assert found == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -439,16 +441,17 @@ def test_a_blank_thought_is_no_thought(tokenizer_of, name):
 # ----------------------------------------------------------------------------------------------------------------------
 # Any conversation
 
-PIECES = [
-    "a", "word", " two", " ", "\n", "\n\n", "\t", "\r\n", "e\u0301", "\u0301", "\u0338", "é", "漢字", "😀", "👩‍👧", "\u200d", "\ue000",
-    "{", "}}", "<", ">", "|>", "<|", "1,2", "don't", "</s>", "<think>", "</think>", "<tool_call>", "</tool_response>", "<|im_end|>",
-    "<|im_start|>", "<|im_start|>assistant\n", "<|endoftext|>",
+PLAIN = [
+    "a", "word", " two", " ", "\n", "\n\n", "\t", "\r\n", "e\u0301", "\u0301", "\u0338", "é", "漢字", "😀", "👩‍👧",
+    "\u200d", "\ue000", "{", "}}", "<", ">", "|>", "<|", "1,2", "don't", "</s>",
 ]  # fmt: skip
-TEXT = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
-CALLS = st.lists(
-    st.fixed_dictionaries({"name": st.sampled_from(["f", "weather"]), "arguments": st.dictionaries(TEXT, TEXT, max_size=1)}),
-    max_size=2,
-)
+MARKED = [
+    "<think>", "</think>", "<tool_call>", "</tool_response>", "<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n",
+    "<|endoftext|>",
+]  # fmt: skip
+TEXT = st.lists(st.sampled_from(PLAIN * 2 + MARKED), max_size=5).map("".join)
+CALL = {"name": st.sampled_from(["f", "weather"]), "arguments": st.dictionaries(TEXT, TEXT, max_size=1)}
+CALLS = st.lists(st.fixed_dictionaries(CALL), max_size=2)
 MESSAGE = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "user", "tool"]), "content": TEXT}),
     st.fixed_dictionaries(
@@ -459,12 +462,16 @@ MESSAGE = st.one_of(
         {"role": st.just("assistant"), "content": st.builds("<think>{}</think>{}".format, TEXT, TEXT)},
     ),
 )
-CONVERSATION = st.builds(
-    lambda system, messages, tools: {"messages": system + messages, "tools": tools},
-    st.lists(TEXT.map(lambda text: {"role": "system", "content": text}), max_size=1),
-    st.lists(MESSAGE, min_size=1, max_size=6),
-    st.sampled_from([None, None, [WEATHER], [{**WEATHER, "function": {"name": "f", "description": "<|im_end|>"}}]]),
-)
+TOOLS = st.sampled_from([[], [WEATHER], [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]])
+
+
+@st.composite
+def conversations(draw):
+    messages = draw(st.lists(TEXT.map(lambda text: {"role": "system", "content": text}), max_size=1))
+    messages += draw(st.lists(MESSAGE, min_size=1, max_size=6))
+    if draw(st.booleans()):
+        return to_conversation({"messages": messages, "tools": draw(TOOLS)}, "record")
+    return to_conversation({"messages": [{**message, "tool_calls": None} for message in messages]}, "record")
 
 
 @pytest.mark.parametrize("name, examples", [("qwen2_5", 700), ("qwen3", 700), ("smollm2", 600)])
@@ -472,9 +479,8 @@ def test_any_conversation_keeps_the_promise_or_is_refused(tokenizer_of, name, ex
     tokenizer, refused = tokenizer_of(name), []
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @given(CONVERSATION)
-    def keeps_the_promise(record):
-        conversation = to_conversation(record, "record")
+    @given(conversations())
+    def keeps_the_promise(conversation):
         try:
             ChatEncoder(tokenizer).encode(conversation)
         except (TemplateError, ValueError) as error:
@@ -484,3 +490,135 @@ def test_any_conversation_keeps_the_promise_or_is_refused(tokenizer_of, name, ex
 
     keeps_the_promise()
     assert len(refused) < examples / 2 and all(len(sentence.split()) > 5 for sentence in refused)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The trainers' own templates, which mark the answers with {% generation %}
+
+SAME_HISTORY = [
+    (name, case)
+    for name in ("qwen2_5", "qwen3_instruct_2507", "llama3", "gemma", "gemma3", "phi3")
+    for case in ("one turn", "three turns", "own system", "empty answer", "other scripts", "thoughts in the text", "tools")
+    if case not in REFUSED.get(name, {})
+]
+
+
+def twin_of(tokenizer, name, conversation):
+    """Ids and assistant mask of the training template."""
+    messages = conversation["messages"]
+    mode = {"enable_thinking": bool(thought_of(messages[-1]))} if name in SWITCH else {}
+    if name == "qwen3_8":
+        messages = [with_thought_apart(message) for message in messages]
+    twin = tokenizer.apply_chat_template(
+        messages, tools=conversation.get("tools"), chat_template=template(f"{name}_training"),
+        return_assistant_tokens_mask=True, return_dict=True, **mode,
+    )  # fmt: skip
+    return twin["input_ids"], twin["assistant_masks"]
+
+
+@pytest.mark.parametrize("name, case", SAME_HISTORY)
+def test_what_is_learnt_is_what_the_training_template_marks_but_for_newlines_of_the_template(tokenizer_of, name, case):
+    tokenizer, conversation = tokenizer_of(name), conversation_of(case, name)
+    (document,) = ChatEncoder(tokenizer).encode(conversation).documents
+    (ids, mask), labels = twin_of(tokenizer, name, conversation), document["labels"]
+    assert ids[: len(labels)] == document["input_ids"]
+    labels = labels + [IGNORE_INDEX] * (len(ids) - len(labels))
+    assert all(marked for marked, label in zip(mask, labels) if label != IGNORE_INDEX)
+    beyond = [own for own, marked, label in zip(ids, mask, labels) if marked and label == IGNORE_INDEX]
+    allowed = {"\n", "<|endoftext|>"} if name == "phi3" else {"\n"}  # Phi-3 adds it after the last turn
+    assert {tokenizer.decode(own) for own in beyond} <= allowed
+    assert len(beyond) <= 2 * len(document["turns"])
+
+
+@pytest.mark.parametrize("case", ["one turn", "three turns", "one thought in the text", "thoughts apart", "tools"])
+@pytest.mark.parametrize("name", SWITCH)
+def test_the_final_turn_is_learnt_as_the_training_template_marks_it_whose_history_differs(tokenizer_of, name, case):
+    tokenizer, conversation = tokenizer_of(name), conversation_of(case, name)
+    document = ChatEncoder(tokenizer).encode(conversation).documents[-1]
+    *_, (_, start, end) = runs(document)
+    ids, mask = twin_of(tokenizer, name, conversation)
+    last = ids[len(mask) - next(i for i, is_marked in enumerate(reversed(mask)) if not is_marked) :]
+    assert tokenizer.decode(last).endswith("<|im_end|>\n")
+    ours = document["input_ids"][start:end]
+    assert last[-1 - len(ours) : -1] == ours
+    # What it marks more: the thought that our prompt already holds, opened or empty.
+    put_in = tokenizer.decode(last[: -1 - len(ours)])
+    assert put_in in ("", "<think>\n") if thought_of(conversation["messages"][-1]) else put_in == EMPTY_THOUGHT
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Templates with habits of their own
+
+
+@pytest.mark.parametrize("thinking, empty", [("auto", EMPTY_THOUGHT), ("keep", "")])
+@pytest.mark.parametrize("answer", ["  spaced", "\tx ", " \n y"])
+def test_white_space_before_an_answer_is_learnt_where_qwen3_put_in_an_empty_thought(tokenizer_of, answer, thinking, empty):
+    tokenizer = tokenizer_of("qwen3")
+    (document,) = ChatEncoder(tokenizer, thinking=thinking).encode({"messages": [user("Q"), said(answer)]}).documents
+    assert marked(tokenizer, document) == f"<|im_start|>user\nQ<|im_end|>\n{A}{empty}⟦{answer}<|im_end|>⟧"
+
+
+def test_a_thought_that_is_lost_from_history_is_not_mistaken_for_the_same_words_in_the_answer(tokenizer_of):
+    tokenizer = tokenizer_of("qwen3")
+    messages = [user("Q"), said("42", reasoning_content="42"), user("Thanks")]
+    (document,) = ChatEncoder(tokenizer).encode({"messages": messages}).documents
+    assert marked(tokenizer, document) == f"<|im_start|>user\nQ<|im_end|>\n{A}⟦<think>\n42\n</think>\n\n42<|im_end|>⟧"
+
+
+def test_text_that_a_template_cuts_from_an_answer_is_refused(tokenizer_of):
+    encoder = ChatEncoder(tokenizer_of("qwen3"))
+    for answer in ("Close it with </think> here.", "<think>a</think>b</think>c", "<think>one <think> two</think>x"):
+        with pytest.raises(ValueError, match="turn 2: the chat template leaves out part of this turn"):
+            encoder.encode({"messages": [user("Q"), said(answer)]})
+
+
+def test_a_template_that_ends_earlier_turns_otherwise_gets_a_document_for_each_turn(tokenizer_of):
+    tokenizer = copy.deepcopy(tokenizer_of("qwen2_5"))
+    tokenizer.chat_template = template("gptoss")
+    names = ("start", "end", "message", "channel", "constrain", "return", "call")
+    tokenizer.add_tokens([f"<|{name}|>" for name in names], special_tokens=True)
+    encoder = ChatEncoder(tokenizer)
+    encoded = encoder.encode({"messages": [*PLAIN_THREE[1:], user("Thanks")]})
+    assert encoder.stop_token == "<|return|>" and encoded.notes == [SPLIT]
+    past = "<|start|>assistant<|channel|>final<|message|>A1<|end|><|start|>user<|message|>Q2<|end|><|start|>assistant"
+    assert marked(tokenizer, encoded.documents[1]).endswith(past + "⟦<|channel|>final<|message|>A2<|return|>⟧")
+    for i, document in zip((1, 3, 5), encoded.documents, strict=True):
+        prompt = serve(tokenizer, "gptoss", {"messages": PLAIN_THREE[1:]}, i, prompt=True, tokenize=True)
+        assert document["input_ids"][: len(prompt)] == prompt
+
+
+def test_only_the_turn_that_would_merge_with_its_prompt_gets_a_document_of_its_own(tokenizer_of):
+    tokenizer = tokenizer_of("qwen3_instruct_2507")
+    messages = [SYSTEM, user("Q1"), said("A1"), user("Q2"), said("\nA2"), user("Q3"), said("A3")]
+    encoded = ChatEncoder(tokenizer).encode({"messages": messages})
+    past = S + Q1 + A + "{}A1" + E + "{}\n" + Q2 + A
+    assert [marked(tokenizer, document) for document in encoded.documents] == [
+        past.format("⟦", "⟧") + "\nA2" + E + "\n" + Q3 + A + "⟦A3" + E + "⟧",
+        past.format("", "") + "⟦\nA2" + E + "⟧",
+    ]
+    assert encoded.notes == [SPLIT]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def test_a_conversation_of_128_turns_and_12000_tokens_takes_few_times_its_tokenising(qwen):
+    words = "the quick model reads every prompt as serving sends it and learns only what follows 1 2 3".split()
+    text = " ".join(words * 5)[:420]
+    messages = [[user, said][n % 2](f"{n} {text}") for n in range(128)]
+    encoder, backend = ChatEncoder(qwen), qwen.backend_tokenizer
+    whole = qwen.apply_chat_template(messages, tokenize=False)
+
+    def seconds(work):
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            result = work()
+            times.append(time.process_time() - start)
+        return min(times), result
+
+    alone, reference = seconds(lambda: backend.encode(whole, add_special_tokens=False))
+    taken, encoded = seconds(lambda: encoder.encode({"messages": messages}))
+    assert 11_000 < len(reference) < 14_000 and len(encoded.documents[0]["turns"]) == 64
+    assert taken < max(0.060, 5 * alone)  # about 0.05 s; on a busy machine both take longer
