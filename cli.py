@@ -277,7 +277,12 @@ def fail(error):
 
 
 def quiet():
-    """Leave out what libraries say of themselves at import, which no user of this script can act on."""
+    """Leave out what libraries say of themselves at import, which no user of this script can act on.
+
+    For --help leave out peft, too: transformers would import it, and a compiler with it, which takes seconds.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.modules["peft"] = None
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels for CPU inference
     if not os.path.exists("/dev/nvidiactl"):

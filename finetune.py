@@ -15,9 +15,9 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-if {"-h", "--help"} & set(sys.argv[1:]):
-    sys.modules["peft"] = None  # transformers would import it, and a compiler with it: seconds that --help can save
+import cli
 
+cli.quiet()  # before the libraries are imported
 import torch
 import transformers
 from torch.utils.data import Dataset
@@ -27,7 +27,6 @@ from transformers.training_args import OptimizerNames
 import attention
 import batches
 import checks
-import cli
 import conversations
 import curves
 import evaluate
@@ -126,6 +125,7 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
+    output_dir: str = flag("output", "Folder for the trained model, `best` and checkpoints. Default output.")
     cache_dir: str = flag(None, "Folder for downloaded models. Default: the hub's own; another when that disk is full.")
     model_max_length: int = flag(None,
         "Longest conversation in tokens. Default 8192, or the model's window if that is shorter. Lower it to save "
@@ -769,7 +769,6 @@ def train(argv=None):
 
 
 def main():
-    cli.quiet()
     try:
         train()
     except UserError as error:

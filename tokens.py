@@ -10,9 +10,11 @@ it rewrites history (thoughts of earlier turns are left out, an empty thought is
 document of its own, as serving would see it. So does a turn whose answer would merge with its prompt into one token.
 """
 
-import bisect
+import contextlib
 import re
 from typing import NamedTuple
+
+from jinja2 import TemplateError
 
 IGNORE_INDEX = -100
 THINKING = ("auto", "keep", "strip", "empty")
@@ -72,8 +74,6 @@ class ChatEncoder:
         self._probe_template()
 
     def _find_stop(self):
-        from jinja2 import TemplateError
-
         user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}
         try:
             last, earlier = (self._render(m).partition(_PROBE)[2] for m in ([user, answer], [user, answer, user]))
@@ -102,15 +102,10 @@ class ChatEncoder:
             "tool_calls": ([user, {**call, "tool_calls": probe}], None),
             "tool": ([user, {**call, "tool_calls": other}, {"role": "tool", "content": _PROBE}], None),
         }
-        self._left_out = {part for part, probe in probes.items() if self._leaves_out(*probe)}
-
-    def _leaves_out(self, messages, tools):
-        from jinja2 import TemplateError
-
-        try:
-            return _PROBE not in self._render(messages, tools)
-        except (TemplateError, TypeError):
-            return False  # it says so itself
+        self._left_out = set()  # without a word, that is: a template that refuses says so itself
+        for part, (messages, tools) in probes.items():
+            with contextlib.suppress(TemplateError, TypeError):
+                self._left_out |= set() if _PROBE in self._render(messages, tools) else {part}
 
     def fingerprint(self):
         """Text that changes when the same conversation would be encoded otherwise; for caches of tokens."""
@@ -141,15 +136,15 @@ class ChatEncoder:
                 leaves out part of the conversation.
         """
         drafts = [self._draft(conversation) for conversation in conversations]
-        texts = _Texts()
-        for draft in drafts:
-            for document in draft.documents:
-                document.handle = texts.add(document.text, draft.sentinel)
+        documents = [document for draft in drafts for document in draft.documents]
         self.backend.no_truncation()  # a saved tokenizer may come with these, an earlier call may have left them
         self.backend.no_padding()
         self.backend.encode_special_tokens = False
-        texts.encode(self.backend)
-        encoded = [Encoded(self._finish(draft, texts), draft.notes) for draft in drafts]
+        pieces = [piece for document in documents for piece in document.pieces]
+        encodings = iter(self.backend.encode_batch(pieces, add_special_tokens=False))
+        for document in documents:
+            document.take(encodings)
+        encoded = [Encoded(self._finish(draft), draft.notes) for draft in drafts]
         self._verify(drafts)
         return encoded
 
@@ -176,8 +171,8 @@ class ChatEncoder:
         present |= {"tools"} if tools else set()
         for part in sorted(present & self._left_out):
             raise ValueError(
-                f"the chat template has no place for {_PARTS[part]} and would leave it out; use a template that has one "
-                "(--chat_template), or remove it from the data"
+                f"the chat template has no place for {_PARTS[part]} and would leave it out; use a template that has "
+                "one (--chat_template), or remove it from the data"
             )
 
     def _with_thought(self, message):
@@ -200,34 +195,24 @@ class ChatEncoder:
 
     def _has_prompt(self, draft, i):
         """Whether serving could ask for a turn that no user message precedes."""
-        from jinja2 import TemplateError
-
-        if i == 0:
-            return False
         try:
-            self._prompt(draft, i)
-            return True
+            return i > 0 and bool(self._prompt(draft, i))
         except TemplateError:
             return False
 
-    def _mode(self, message):
-        """The value of enable_thinking that serving would use to get this turn, None for its default."""
-        if not self._has_switch:
-            return None
-        if _thought_of(message):
-            return True
-        return False if self.thinking in ("auto", "empty") else None
-
     def _prompt(self, draft, i):
-        """Text of the prompt of turn i, and the mode it was rendered in."""
-        if i not in draft.prompts:
-            mode = self._mode(draft.messages[i])
+        """Text of the prompt of turn i, and the value of enable_thinking that serving would use to get this turn."""
+        if i in draft.prompts:
+            return draft.prompts[i]
+        thought, mode = _thought_of(draft.messages[i]), None
+        if self._has_switch and (thought or self.thinking in ("auto", "empty")):
+            mode = bool(thought)
+        prompt = self._render(draft.messages[:i], draft.tools, prompt=True, thinking=mode)
+        if mode is None and self._has_switch and prompt.rstrip().endswith("<think>"):
+            mode = False
             prompt = self._render(draft.messages[:i], draft.tools, prompt=True, thinking=mode)
-            if mode is None and self._has_switch and prompt.rstrip().endswith("<think>"):
-                mode = False
-                prompt = self._render(draft.messages[:i], draft.tools, prompt=True, thinking=mode)
-            draft.prompts[i] = prompt, mode
-        return draft.prompts[i]
+        draft.prompts[i] = prompt, mode
+        return prompt, mode
 
     def _whole(self, draft):
         """One document with all supervised turns, or None where that would not be what serving sees."""
@@ -247,7 +232,7 @@ class ChatEncoder:
             if overlaps or not self._says(draft.messages[i], text[start:end]) or not self._ends(draft, i, text[:end]):
                 return None
             spans.append((start, end))
-        return [_Document(text[: spans[-1][1]], spans, draft.supervised)]
+        return [_Document(text[: spans[-1][1]], spans, draft.supervised, draft.sentinel)]
 
     def _ends(self, draft, i, text):
         """Whether an answer with tool calls, the end of `text`, stops in the conversation where it does as the last."""
@@ -268,14 +253,14 @@ class ChatEncoder:
         answer = text[start:end]
         answer = answer[self._thought_put_in(message, answer) :]
         if not self._says(message, answer):
-            if self._knows_thoughts or not self._says(message, answer, but_thought=True):
+            if not self._says(message, answer, but_thought=True):
                 raise ValueError(
-                    f"turn {i + 1}: the chat template leaves out part of this turn, as Qwen3's does with what is before a "
+                    f"turn {i + 1}: the chat template leaves out part of this turn, as Qwen3's does with text before a "
                     '</think>; change its text, or set its "train" to false'
                 )
             if NO_THOUGHT not in draft.notes:
                 draft.notes.append(NO_THOUGHT)
-        return _Document(prompt + answer, [(start, start + len(answer))], [i])
+        return _Document(prompt + answer, [(start, start + len(answer))], [i], draft.sentinel)
 
     def _after_header(self, draft, i, text):
         """What follows the header of the last turn in `text`, where the template renders what is before it otherwise.
@@ -297,22 +282,21 @@ class ChatEncoder:
     def _thought_put_in(self, message, answer):
         """Length of an empty thought with which the template began the answer; the data did not have it."""
         empty, thought = _EMPTY_THOUGHT.match(answer), _thought_of(message)
-        meant = self.thinking != "auto" or not self._knows_thoughts  # an empty thought in the data is learnt as text
-        if not empty or (thought and thought in answer) or (meant and _EMPTY_THOUGHT.match(message["content"].lstrip())):
+        if not empty or (thought and thought in answer):
             return 0
-        return empty.end()
+        as_text = self.thinking != "auto" or not self._knows_thoughts  # then one in the data is learnt
+        return 0 if as_text and _EMPTY_THOUGHT.match(message["content"].lstrip()) else empty.end()
 
     def _says(self, message, answer, but_thought=False):
-        """Whether a rendered answer holds the message's thought, then its text, and its calls, spaces around aside."""
-        inline = _THOUGHT.match(message["content"])
+        """Whether a rendered answer holds the message's thought (or none of it), then its text, and its calls."""
+        inline, thought = _THOUGHT.match(message["content"]), _thought_of(message)
         text = (message["content"][inline.end() :] if inline else message["content"]).strip()
-        rest = answer.removesuffix(self.stop_token)
-        for part in [text] if but_thought else [_thought_of(message), text]:
-            _, found, rest = rest.partition(part) if part else ("", True, rest)
-            if not found:
-                return False
+        body = answer.removesuffix(self.stop_token).strip()
+        at = 0 if but_thought else body.find(thought)
+        without = body.startswith(text) and "</think>" not in body[len(text) :]
+        told = without if but_thought else at >= 0 and text in body[at + len(thought) :]
         calls = [call["function"]["name"] for call in message.get("tool_calls") or []]
-        return all(answer.count(name) >= calls.count(name) for name in calls)
+        return told and all(body.count(name) >= calls.count(name) for name in calls)
 
     def _answer_end(self, text, start, i):
         # Control-token text inside contents is defused, so the first stop token is the template's own.
@@ -325,7 +309,7 @@ class ChatEncoder:
     # Text that looks like control tokens
 
     def _defused(self, messages, tools):
-        """Break control-token text in contents with a sentinel character, at which `_Texts` cuts the text again.
+        """Break control-token text in contents with a sentinel character, at which the text is cut again.
 
         What users and tools say may hold no markup at all; system and assistant messages, which the user of this script
         wrote, may hold tokens like <think> and <tool_call>, but none that ends or begins a turn.
@@ -333,50 +317,47 @@ class ChatEncoder:
         patterns = [self._markup if m["role"] in ("user", "tool") else self._special for m in messages]
         if not _contains(self._special, tools) and not any(map(_contains, patterns, messages)):
             return messages, tools, None
-        sentinel = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not _contains(re.compile(c), [messages, tools]))
+        used = [messages, tools, self.tokenizer.chat_template]
+        sentinel = next(char for char in map(chr, range(0xE000, 0xF8FF)) if not _contains(re.compile(char), used))
         defused = [_broken(pattern, m, sentinel) for pattern, m in zip(patterns, messages, strict=True)]
         return defused, _broken(self._special, tools, sentinel), sentinel
 
     # ------------------------------------------------------------------------------------------------------------------
     # Documents of text -> ids and labels
 
-    def _finish(self, draft, texts):
+    def _finish(self, draft):
         """Rows of ids and labels; a turn whose prompt and answer would merge into one token gets a row of its own."""
         rows, merging = [], []
         for document in draft.documents:
-            ids = texts.ids(document.handle)
-            borders = [self._border(document, span, ids, texts) for span in document.spans]
+            borders = [self._border(document, span) for span in document.spans]
             merging += [turn for turn, border in zip(document.turns, borders, strict=True) if not border]
             if any(borders):
-                rows.append(draft.row(document, ids, borders))
+                rows.append(draft.row(document, document.ids, borders))
         for turn in merging:
             single = self._single(draft, turn)
             ((start, end),) = single.spans
-            prompt, answer = self._ids(single.text[:start], draft), self._ids(single.text[start:end], draft)
+            prompt, answer = (self._ids(text, draft.sentinel) for text in (single.text[:start], single.text[start:end]))
             rows.append(draft.row(single, prompt + answer, [(len(prompt), len(prompt) + len(answer))]))
-        if len(rows) > 1:
-            draft.notes.append(SPLIT)
+        draft.notes += [SPLIT] * (len(rows) > 1)
         return sorted(rows, key=lambda row: row["turns"])
 
-    def _border(self, document, span, ids, texts):
+    def _border(self, document, span):
         """Token positions of an answer, or None if tokenising its prompt alone would have given other ids."""
-        start, last = texts.token_from(document.handle, span[0]), texts.token_at(document.handle, span[1] - 1)
-        if start is None or last is None or ids[last] != self.stop_id:
+        (start, begins_here), (last, _) = document.token_at(span[0]), document.token_at(span[1] - 1)
+        if not begins_here or last is None or document.ids[last] != self.stop_id:
             return None
         # A control token cuts the text for the tokenizer, so only what follows the last one needs to be looked at.
         tail = document.text[max(0, span[0] - 200) : span[0]]
         matches = list(self._special.finditer(tail))
         header = tail[matches[-1].start() :] if matches else document.text[: span[0]]
-        alone = self._header_ids.get(header)
-        if alone is None:
-            alone = self._ids(header)
-            if len(self._header_ids) < 100:
-                self._header_ids[header] = alone
-        return (start, last + 1) if ids[max(0, start - len(alone)) : start] == alone else None
+        alone = self._header_ids.get(header) or self._ids(header)
+        if len(self._header_ids) < 100:
+            self._header_ids[header] = alone
+        return (start, last + 1) if document.ids[max(0, start - len(alone)) : start] == alone else None
 
-    def _ids(self, text, draft=None):
-        parts = text.split(draft.sentinel) if draft and draft.sentinel else [text]
-        return [i for part in parts for i in self.backend.encode(part, add_special_tokens=False).ids]
+    def _ids(self, text, sentinel=None):
+        encodings = [self.backend.encode(p, add_special_tokens=False) for p in _pieces(text, sentinel)]
+        return [i for encoding in encodings for i in encoding.ids]
 
     def _verify(self, drafts):
         """Every supervised run of ids decodes to the answer's text: the last guard against labels on other tokens."""
@@ -431,12 +412,34 @@ def _thought_of(message):
     return (message.get("reasoning_content") or (inline.group(1) if inline else "")).strip()
 
 
-class _Document:
-    """A rendered text, the character spans of its supervised answers, and the turns they belong to (from 0)."""
+def _pieces(text, sentinel):
+    return text.split(sentinel) if sentinel else [text]
 
-    def __init__(self, text, spans, turns):
-        self.text, self.spans, self.turns = text, spans, turns
-        self.handle = None
+
+class _Document:
+    """A rendered text, the character spans of its supervised answers, and the turns they belong to (from 0).
+
+    Its pieces, cut at the sentinel, are tokenised apart, so that the halves of control-token text never meet again.
+    """
+
+    def __init__(self, text, spans, turns, sentinel):
+        self.text, self.spans, self.turns, self.pieces = text, spans, turns, _pieces(text, sentinel)
+
+    def take(self, encodings):
+        """Take the tokenizer's output for the pieces from an iterator."""
+        self.encodings = [next(encodings) for _ in self.pieces]
+        self.ids = sum((encoding.ids for encoding in self.encodings[1:]), self.encodings[0].ids)
+
+    def token_at(self, char):
+        """Index of the token that holds a character of the text, and whether it begins there; (None, False) if none."""
+        before = 0
+        for piece, encoding in zip(self.pieces, self.encodings, strict=True):
+            if char < len(piece):
+                token = encoding.char_to_token(char)
+                return (None, False) if token is None else (before + token, encoding.token_to_chars(token)[0] == char)
+            char -= len(piece) + 1
+            before += len(encoding)
+        return None, False
 
 
 class _Draft:
@@ -456,49 +459,3 @@ class _Draft:
                 turns.append(turn + 1)
                 self.answers.append((turn, text.replace(self.sentinel, "") if self.sentinel else text, ids[start:end]))
         return {"input_ids": ids[:end], "labels": labels[:end], "turns": turns}
-
-
-class _Texts:
-    """Tokenises many texts in one batch and answers which token a character belongs to.
-
-    A text with sentinels is cut at them, so that the two halves of control-token text never meet in one token.
-    """
-
-    def __init__(self):
-        self._pieces, self._handles = [], []
-
-    def add(self, text, sentinel):
-        parts = text.split(sentinel) if sentinel else [text]
-        first, offset, offsets = len(self._pieces), 0, []
-        for part in parts:
-            offsets.append(offset)
-            offset += len(part) + 1
-        self._pieces += parts
-        self._handles.append((first, offsets))
-        return len(self._handles) - 1
-
-    def encode(self, backend):
-        self._encodings = backend.encode_batch(self._pieces, add_special_tokens=False)
-
-    def ids(self, handle):
-        first, offsets = self._handles[handle]
-        if len(offsets) == 1:
-            return self._encodings[first].ids
-        return [i for encoding in self._encodings[first : first + len(offsets)] for i in encoding.ids]
-
-    def token_at(self, handle, char):
-        """Index of the token that holds character `char` of the text, None if none does."""
-        token, before, _, _ = self._find(handle, char)
-        return None if token is None else before + token
-
-    def token_from(self, handle, char):
-        """Index of the token that starts exactly at character `char` of the text, None if none does."""
-        token, before, encoding, char = self._find(handle, char)
-        return None if token is None or encoding.token_to_chars(token)[0] != char else before + token
-
-    def _find(self, handle, char):
-        first, offsets = self._handles[handle]
-        number = bisect.bisect_right(offsets, char) - 1
-        encoding, char = self._encodings[first + number], char - offsets[number]
-        before = sum(map(len, self._encodings[first : first + number]))
-        return encoding.char_to_token(char), before, encoding, char

@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 TOKEN_CACHE = tempfile.TemporaryDirectory()  # the user's own cache stays as it is
 os.environ["HF_DATASETS_CACHE"] = TOKEN_CACHE.name
 
-# The added tokens of the real Qwen tokenizers, in the order of their ids: 151643 to 151656 are special, the rest is not.
+# The added tokens of the real Qwen tokenizers, in the order of their ids; 151643 to 151656 are special, the rest not.
 CONTROL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",

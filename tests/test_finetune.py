@@ -94,6 +94,7 @@ def test_best_holds_the_weights_of_the_lowest_evaluation_loss(tiny_model, rows, 
     assert saved.keys() == checkpoint.keys() and all(torch.equal(saved[key], checkpoint[key]) for key in saved)
 
 
+@pytest.mark.slow
 def test_adapters_load_with_plain_peft_in_a_fresh_process_and_have_the_loss_that_was_logged(tiny_model, rows, tmp_path):
     out = tmp_path / "out"
     finetune.train(argv(tiny_model, rows, out, "--use_lora", "--eval_data_path", rows))
@@ -325,6 +326,7 @@ def test_dump_tokens_writes_what_would_be_trained(tiny_model, rows, tmp_path):
     assert (dumped[1]["input_ids"], dumped[1]["labels"]) == (document["input_ids"], document["labels"])
 
 
+@pytest.mark.slow
 def test_validate_only_reads_everything_without_weights_and_ends_with_a_verdict(tiny_copy, rows, tmp_path, capsys):
     (tiny_copy / "model.safetensors").unlink()
     finetune.train(argv(tiny_copy, rows, tmp_path / "out", "--validate_only"))
@@ -379,3 +381,24 @@ def test_a_chat_template_of_ones_own_is_used_and_saved(tiny_model, rows, tmp_pat
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, rows, tmp_path):
     with pytest.raises(UserError, match="training is stopped"):
         finetune.train(argv(tiny_model, rows, tmp_path / "out", "--learning_rate", "1e30", "--max_grad_norm", 0))
+
+
+def test_a_base_model_that_never_saw_the_stop_token_is_pointed_out(tiny_copy, rows, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    weights = load_file(tiny_copy / "model.safetensors")
+    tokenizer = finetune.transformers.AutoTokenizer.from_pretrained(tiny_copy)
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    finetune.train(argv(tiny_copy, rows, tmp_path / "out", "--use_lora"))
+    assert "never seen" not in capsys.readouterr().out
+    weights["model.embed_tokens.weight"][stop] = weights["model.embed_tokens.weight"][len(tokenizer) :].mean(0)
+    save_file(weights, tiny_copy / "model.safetensors", metadata={"format": "pt"})
+    finetune.train(argv(tiny_copy, rows, tmp_path / "out", "--use_lora"))
+    said = capsys.readouterr().out
+    assert f"never seen <|im_end|>: it may not learn to stop. Add --trainable_token_indices {stop}" in said
+
+
+def test_many_overlong_rows_come_with_the_length_that_would_keep_nearly_all(tiny_model, tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", [*ROWS, *[{"prompt": "long " * 50, "completion": "x"}] * 3])
+    finetune.train(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 60))
+    assert re.search(r"--model_max_length \d{2,3} would keep 99 %", capsys.readouterr().out)

@@ -96,7 +96,7 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * ("ranks" in n)) for n in GEOMETRIES])
 def test_one_step_of_the_trainer_is_the_same_for_every_geometry(tiny_model, documents, tmp_path, name):
     data = write(tmp_path / "rows.jsonl", ROWS)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -107,7 +107,10 @@ def test_one_step_of_the_trainer_is_the_same_for_every_geometry(tiny_model, docu
     assert relative(gradients, expected_gradients) < 1e-4
 
 
-@pytest.mark.parametrize("ranks, size", [(1, 1), (1, 3), (1, 8), (2, 1), (2, 3)])
+two_ranks = [pytest.param(2, size, marks=pytest.mark.slow) for size in (1, 3)]
+
+
+@pytest.mark.parametrize("ranks, size", [(1, 1), (1, 3), (1, 8), *two_ranks])
 def test_evaluation_loss_is_the_token_mean_for_every_batch_and_rank(tiny_model, documents, tmp_path, ranks, size):
     data, train = write(tmp_path / "rows.jsonl", ROWS[:7]), write(tmp_path / "train.jsonl", ROWS[:4])
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

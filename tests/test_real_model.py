@@ -46,7 +46,7 @@ def memorised(smollm, tmp_path_factory):
         for country, city in zip(CAPITALS[::2], CAPITALS[1::2], strict=True)
     ]
     data = write(folder / "rows.jsonl", rows)
-    options = ["--use_lora", "--lora_r", 16, "--learning_rate", "2e-3", "--num_train_epochs", 6]
+    options = ["--use_lora", "--lora_r", 16, "--learning_rate", "1e-3", "--num_train_epochs", 12]
     finetune.train(argv(smollm, data, folder / "out", *options))
     return folder / "out", data
 
@@ -55,11 +55,11 @@ def memorised(smollm, tmp_path_factory):
 def test_training_lowers_the_loss_of_held_out_rows(smollm, tmp_path, mode):
     rows = [json.loads(line) for line in open(ROOT / "data" / "validation.jsonl")][:6]
     held_out = write(tmp_path / "held_out.jsonl", rows)
-    options = ["--eval_data_path", held_out, "--eval_on_start", "True", "--max_steps", 4, *mode]
-    options += ["--learning_rate", "5e-5" if not mode else "1e-3"]
+    options = ["--eval_data_path", held_out, "--eval_on_start", "True", "--max_steps", 6, *mode]
+    options += ["--learning_rate", "1e-3" if mode else "2e-4"]
     finetune.train(argv(smollm, ROOT / "data" / "train.jsonl", tmp_path / "out", *options))
     losses = history(tmp_path / "out", "eval_loss")
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_padding_free_and_padded_training_have_the_same_curve(smollm, tmp_path):
@@ -67,6 +67,7 @@ def test_padding_free_and_padded_training_have_the_same_curve(smollm, tmp_path):
     for padding_free in ("True", "False"):
         out = tmp_path / padding_free
         options = ["--use_lora", "--lora_r", 8, "--learning_rate", "1e-3", "--max_steps", 20, "--bf16", "False"]
+        options += ["--per_device_train_batch_size", 2]
         finetune.train(argv(smollm, ROOT / "data" / "train.jsonl", out, *options, "--padding_free", padding_free))
         curves.append(history(out, "loss"))
     assert len(curves[0]) == 20 and curves[0][-1] < 0.3 * curves[0][0]
@@ -106,7 +107,7 @@ def test_the_merged_model_has_the_adapters_logits_in_a_plain_load(memorised, tmp
 def test_merging_refuses_what_it_cannot_prove(memorised, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no adapter_config.json"):
         merge.merge(str(tmp_path), str(tmp_path / "merged"))
-    monkeypatch.setitem(merge.TOLERANCE, torch.float32, 1e-12)
+    monkeypatch.setattr(merge, "TOLERANCE", 1e-12)
     with pytest.raises(UserError, match="nothing was written"):
         merge.merge(str(memorised[0]), str(tmp_path / "merged"), torch.float32)
     assert not (tmp_path / "merged").exists()

@@ -1,7 +1,7 @@
 """For every chat template: what comes before an answer is what serving sends, what is learnt is the answer.
 
-Serving is `apply_chat_template(messages[:i], add_generation_prompt=True)`; every expectation here comes from calls of it
-and from what the tests spell out, none from tokens.py.
+Serving is `apply_chat_template(messages[:i], add_generation_prompt=True)`; every expectation here comes from calls of
+it and from what the tests spell out, none from tokens.py.
 """
 
 import copy
@@ -43,9 +43,8 @@ EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 def thought_of(message):
     """The thought of an assistant message, "" if it has none."""
-    text = message["content"].lstrip()
-    inline = text.partition("</think>")[0].removeprefix("<think>") if re.match("<think>.*</think>", text, re.S) else ""
-    return (message.get("reasoning_content") or inline).strip()
+    inline = re.match(r"\s*<think>(.*?)</think>", message["content"], re.DOTALL)
+    return (message.get("reasoning_content") or (inline.group(1) if inline else "")).strip()
 
 
 def without_blank_thought(message):
@@ -53,7 +52,7 @@ def without_blank_thought(message):
 
 
 def with_thought_apart(message):
-    if message.get("reasoning_content") or not re.match(r"\s*<think>.*</think>", message["content"], re.S):
+    if message.get("reasoning_content") or not re.match(r"\s*<think>.*</think>", message["content"], re.DOTALL):
         return message
     text = message["content"].partition("</think>")[2].lstrip()
     return {**message, "content": text, "reasoning_content": thought_of(message)}
@@ -78,7 +77,8 @@ def answer_of(tokenizer, name, conversation, i):
     answer = serve(tokenizer, name, conversation, i, prompt=False, tokenize=False).rpartition(header)[2]
     opened = serve(tokenizer, name, conversation, i, prompt=True, tokenize=False).rpartition(header)[2]
     answer = answer[: answer.rindex(stop) + len(stop)]
-    if thought_of(conversation["messages"][i]):
+    thought = thought_of(conversation["messages"][i])
+    if thought and thought in answer:
         assert answer.startswith(opened)
         return answer.removeprefix(opened)
     assert opened in ("", EMPTY_THOUGHT)  # nothing but an empty thought is taken off an answer without one
@@ -163,7 +163,7 @@ def same_text(found, expected):
 
 def check(tokenizer, name, conversation):
     """Prompts are those of serving, id for id; what is learnt is the answer with its stop token; no turn is lost."""
-    documents, learnt = ChatEncoder(tokenizer).encode(conversation).documents, []
+    (documents, notes), learnt = ChatEncoder(tokenizer).encode(conversation), []
     harmless, back = replaced(tokenizer, conversation)
     stop = tokenizer.convert_tokens_to_ids(FORMATS[name][1])
     for document in documents:
@@ -172,6 +172,7 @@ def check(tokenizer, name, conversation):
             before, answer = document["input_ids"][:start], document["input_ids"][start:end]
             assert answer.count(stop) == 1 and answer[-1] == stop
             expected = answer_of(tokenizer, name, harmless, i)
+            assert thought_of(harmless["messages"][i]) in expected or NO_THOUGHT in notes
             if back is None:
                 assert before == serve(tokenizer, name, conversation, i, prompt=True, tokenize=True)
                 assert read(tokenizer, answer) == normal(tokenizer, expected)
@@ -232,7 +233,9 @@ CASES = {  # {open} and {stop} are the template's own control tokens
     "own system": [{"role": "system", "content": "Be brief.\n"}, *THREE],
     "empty answer": [*ONE, user("Say nothing."), said(""), user("And now?"), said("Something.")],
     "only an empty answer": [user("Say nothing."), said("")],
-    "spaces around": [user("  \n hi \n\n"), said("  there \t"), user("\t"), said(" \t x\n\n"), user(" "), said("\u3000y")],
+    "spaces around": [
+        user("  \n hi \n\n"), said("  there \t"), user("\t"), said(" \t x\n\n"), user(" "), said("\u3000y"),
+    ],
     "newline before an answer": [*ONE, user("List"), said("\n\n- a\n- b\n"), user("More"), said("\r\n- c"), *ONE],
     "newlines as answer": [user("\n"), said("\n\n\n"), *ONE],
     "other scripts": [
@@ -322,7 +325,8 @@ def test_prompts_are_those_of_serving_and_answers_are_learnt_or_the_refusal_is_s
 
 
 def test_a_tool_call_with_its_arguments_as_json_text_gives_the_same_ids(tokenizer_of):
-    as_text = [LOOP[0], said("", tool_calls=[{"name": "weather", "arguments": '{"city": "Zürich", "days": 2}'}]), *LOOP[2:]]
+    call = {"name": "weather", "arguments": '{"city": "Zürich", "days": 2}'}
+    as_text = [LOOP[0], said("", tool_calls=[call]), *LOOP[2:]]
     for name in ("qwen2_5", "qwen3", "qwen3_5_think"):
         encoder = ChatEncoder(tokenizer_of(name))
         one, two = (to_conversation({"messages": m, "tools": [WEATHER]}, "tools") for m in (LOOP, as_text))
@@ -498,7 +502,7 @@ def test_any_conversation_keeps_the_promise_or_is_refused(tokenizer_of, name, ex
 SAME_HISTORY = [
     (name, case)
     for name in ("qwen2_5", "qwen3_instruct_2507", "llama3", "gemma", "gemma3", "phi3")
-    for case in ("one turn", "three turns", "own system", "empty answer", "other scripts", "thoughts in the text", "tools")
+    for case in ("one turn", "three turns", "own system", "empty answer", "other scripts", "tools", "thoughts apart")
     if case not in REFUSED.get(name, {})
 ]
 
@@ -552,7 +556,7 @@ def test_the_final_turn_is_learnt_as_the_training_template_marks_it_whose_histor
 
 @pytest.mark.parametrize("thinking, empty", [("auto", EMPTY_THOUGHT), ("keep", "")])
 @pytest.mark.parametrize("answer", ["  spaced", "\tx ", " \n y"])
-def test_white_space_before_an_answer_is_learnt_where_qwen3_put_in_an_empty_thought(tokenizer_of, answer, thinking, empty):
+def test_white_space_before_an_answer_survives_the_empty_thought_of_qwen3(tokenizer_of, answer, thinking, empty):
     tokenizer = tokenizer_of("qwen3")
     (document,) = ChatEncoder(tokenizer, thinking=thinking).encode({"messages": [user("Q"), said(answer)]}).documents
     assert marked(tokenizer, document) == f"<|im_start|>user\nQ<|im_end|>\n{A}{empty}⟦{answer}<|im_end|>⟧"
@@ -604,8 +608,7 @@ def test_only_the_turn_that_would_merge_with_its_prompt_gets_a_document_of_its_o
 
 
 def test_a_conversation_of_128_turns_and_12000_tokens_takes_few_times_its_tokenising(qwen):
-    words = "the quick model reads every prompt as serving sends it and learns only what follows 1 2 3".split()
-    text = " ".join(words * 5)[:420]
+    text = ("the quick model reads every prompt as serving sends it and learns only what follows 1 2 3 " * 5)[:420]
     messages = [[user, said][n % 2](f"{n} {text}") for n in range(128)]
     encoder, backend = ChatEncoder(qwen), qwen.backend_tokenizer
     whole = qwen.apply_chat_template(messages, tokenize=False)
