@@ -27,12 +27,11 @@ def packed_attention(module, query, key, value, attention_mask, document_lengths
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    parts = zip(*(states.split(document_lengths, dim=2) for states in (query, key, value)))
-    dropout = options.get("dropout", 0.0)
-    outputs = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=options.get("scaling"), enable_gqa=True)
-        for q, k, v in parts
-    ]  # fmt: skip
+    settings = dict(
+        dropout_p=options.get("dropout", 0.0), scale=options.get("scaling"), is_causal=True, enable_gqa=True
+    )
+    parts = [states.split(document_lengths, dim=2) for states in (query, key, value)]
+    outputs = [scaled_dot_product_attention(q, k, v, **settings) for q, k, v in zip(*parts, strict=True)]
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 

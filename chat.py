@@ -1,6 +1,6 @@
 """Talk to a model or an adapter in the terminal, through the chat template it was trained with.
 
-    python chat.py --model_name_or_path output/demo
+python chat.py --model_name_or_path output/demo
 """
 
 import argparse

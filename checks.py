@@ -52,8 +52,8 @@ class FirstStepCheck(transformers.TrainerCallback):
         if faults:
             name, fault = next(iter(faults.items()))
             raise UserError(
-                f"the first optimizer step: {len(faults)} trained tensors are not reached by the loss or not usable, the "
-                f"first is {name} ({fault}); training is stopped. Check the target modules and --gradient_checkpointing."
+                f"the first optimizer step: {len(faults)} trained tensors are not reached by the loss, the first is "
+                f"{name} ({fault}); training is stopped. Check the target modules and --gradient_checkpointing."
             )
 
 

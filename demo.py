@@ -56,7 +56,7 @@ def run(stage, seconds):
     held_out = [source[i] for i in range(len(source))]
 
     def measure(folder):
-        return evaluate.measure(*evaluate.load(folder), held_out, max_new_tokens=64, batch_size=60)
+        return evaluate.measure(*evaluate.load(folder), held_out, max_new_tokens=56, batch_size=60)
 
     before, answers_before, asked = stage("measure before", measure, model)
     argv = ["--model_name_or_path", model, *(word for pair in TRAINING.items() for word in pair)]

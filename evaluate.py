@@ -28,7 +28,7 @@ def load(folder, dtype=None, device=None):
     """Model and tokenizer from a model folder, a hub name or an adapter folder (its base model is looked up).
 
     Returns:
-        (model in evaluation mode, tokenizer); `device` None means the GPU if there is one, `dtype` None the fastest here.
+        (model in evaluation mode, tokenizer); `device` None means the GPU if there is one, `dtype` None what is fast.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +43,8 @@ def load(folder, dtype=None, device=None):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         config = AutoConfig.from_pretrained(base)
         kernel = {"attn_implementation": attention.PACKED} if attention.can_pack(config.get_text_config()) else {}
-        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype or best_dtype(device == "cpu"), **kernel)
+        dtype = dtype or best_dtype(device == "cpu")
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, **kernel)
     except OSError as error:
         raise UserError(f"{folder}: cannot be loaded as a model: {str(error).splitlines()[0]}") from None
     if adapter:

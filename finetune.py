@@ -8,6 +8,7 @@ Reads top to bottom in the order the data flows: arguments, datasets, model and 
 
 import collections
 import inspect
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import evaluate
 import generation
 import plan
 import preview
+import token_cache
 import tokens
 from batches import Collator, supervised_loss
 from cli import say
@@ -217,26 +219,18 @@ class LoraArguments:
         "Ids of tokens whose embeddings are trained too. Default none; for a base model that has never seen the chat "
         "template's control tokens."
     )
+# fmt: on
 
 
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-RANGES = {  # flag: its lowest value, and the value that it stays below
-    "per_device_train_batch_size": (1, math.inf),
-    "per_device_eval_batch_size": (1, math.inf),
-    "gradient_accumulation_steps": (1, math.inf),
-    "num_train_epochs": (0, math.inf),
-    "learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "max_grad_norm": (0, math.inf),
-    "adam_beta1": (0, 1),
-    "adam_beta2": (0, 1),
-    "model_max_length": (1, math.inf),
-    "eval_ratio": (0, 1),
-    "preview": (0, math.inf),
-    "eval_generate": (0, math.inf),
-    "lora_r": (1, math.inf),
-    "lora_alpha": (1, math.inf),
-    "lora_dropout": (0, 1),
+RANGES = {  # (lowest value, the value to stay below): flags
+    (
+        1,
+        math.inf,
+    ): "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps model_max_length "
+    "lora_r lora_alpha",
+    (0, math.inf): "num_train_epochs learning_rate weight_decay max_grad_norm preview eval_generate",
+    (0, 1): "adam_beta1 adam_beta2 eval_ratio lora_dropout",
 }
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
@@ -279,26 +273,8 @@ class SupervisedDataset(Dataset):
             raise UserError(f"no row is left to use: {reasons}. Raise --model_max_length or mend the data.")
 
     def _prepare(self):
-        import datasets
-        from datasets import Features, List, Value
-
-        ids = List(Value("int32"))
-        features = Features(
-            documents=List({"input_ids": ids, "labels": ids, "turns": ids}),
-            dropped=Value("string"), notes=List(Value("string")),
-            length=Value("int32"), tokens=Value("int64"), supervised=Value("int64"),
-        )  # fmt: skip
-        progress, quiet = datasets.utils.are_progress_bars_disabled(), datasets.utils.disable_progress_bars
-        quiet()  # ours counts conversations
-        try:
-            self.rows = datasets.Dataset.from_generator(self._generate, features, fingerprint=self._fingerprint())
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-        finally:
-            if not progress:
-                datasets.utils.enable_progress_bars()
-        columns = (self.rows.data.column(name).to_pylist() for name in list(features)[1:])
-        for number, figures in enumerate(zip(*columns, strict=True)):
+        self.rows = token_cache.rows(self._generate, self._fingerprint())
+        for number, figures in enumerate(token_cache.figures(self.rows)):
             self._count(number, *figures)
 
     def _generate(self):
@@ -312,11 +288,8 @@ class SupervisedDataset(Dataset):
                 bar.update(len(rows))
 
     def _fingerprint(self):
-        from datasets.fingerprint import Hasher
-
         code = [inspect.getsource(part) for part in (tokens, conversations, SupervisedDataset)]
-        return Hasher.hash([code, self.conversations.fingerprint(), self.encoder.fingerprint(),
-                            self.max_length, self.overlong])  # fmt: skip
+        return [*code, self.conversations.fingerprint(), self.encoder.fingerprint(), self.max_length, self.overlong]
 
     def _count(self, number, dropped, notes, length, tokens, supervised):
         self.lengths.append(length)
@@ -381,7 +354,7 @@ class LazySupervisedDataset(SupervisedDataset):
         for start in range(0, self.scanned, self.batch):
             numbers = range(start, min(start + self.batch, self.scanned))
             for number, row in zip(numbers, self.encode(numbers), strict=True):
-                self._count(number, *(row[name] for name in ("dropped", "notes", "length", "tokens", "supervised")))
+                self._count(number, *(row[name] for name in token_cache.FIGURES))
 
     def __len__(self):
         return len(self.kept) + len(self.conversations) - self.scanned
@@ -438,8 +411,8 @@ def _pretrained(kind, model_args, training_args, **options):
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason:.300} Name a folder with a "
-            "model or a model of the hub."
+            f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason:.300} Name a folder "
+            "with a model or a model of the hub."
         ) from None
 
 
@@ -504,8 +477,8 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
     )
     if report["missing_keys"]:
         raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(report['missing_keys'])} weights, "
-            f"the first is {sorted(report['missing_keys'])[0]}; download it again."
+            f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(report['missing_keys'])} "
+            f"weights, the first is {sorted(report['missing_keys'])[0]}; download it again."
         )
     for module in model.modules():
         # bitsandbytes would turn 4-bit weights into a layout for CPU inference at the first evaluation: rounded once
@@ -571,7 +544,7 @@ class RecipeTrainer(transformers.Trainer):
         self.add_callback(checks.FirstStepCheck())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of the cross entropy over supervised tokens / their number in the optimizer step (in the batch, if None)."""
+        """Summed cross entropy of the supervised tokens / their number in the optimizer step (None: in the batch)."""
         total, supervised = supervised_loss(model, inputs)
         if self._file_sums is not None:
             self._file_sums += torch.stack([total.detach().double(), supervised.double()])
@@ -673,10 +646,11 @@ def parse(argv):
         if not value:
             raise UserError(f"--{name} is required; see --help.")
     values = {name: value for part in arguments for name, value in vars(part).items()}
-    for name, (lowest, limit) in RANGES.items():
-        if values[name] is not None and not lowest <= values[name] < limit:
-            below = f" and below {limit}" if limit < math.inf else ""
-            raise UserError(f"--{name} {values[name]}: expected a number of at least {lowest}{below}.")
+    for (lowest, limit), names in RANGES.items():
+        for name in names.split():
+            if values[name] is not None and not lowest <= values[name] < limit:
+                below = f" and below {limit}" if limit < math.inf else ""
+                raise UserError(f"--{name} {values[name]}: expected a number of at least {lowest}{below}.")
     lora_flags = [part.name for part in fields(lora_args) if part.name in named and values[part.name] is not False]
     if lora_flags and not training_args.use_lora:
         if "use_lora" in named:
@@ -750,8 +724,9 @@ def train(argv=None):
         )
         trainer.data_collator = Collator(padding_free=False)
     if data_args.eval_generate:
-        held_out = [dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept]
-        trainer.questions = evaluate.questions(held_out[: data_args.eval_generate], encoder)
+        held_out = (dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept)
+        chosen = list(itertools.islice(held_out, data_args.eval_generate))
+        trainer.questions = evaluate.questions(chosen, encoder)
         trainer.metric = evaluate.load_metric(data_args.metric) if data_args.metric else None
         trainer.stop_id = encoder.stop_id
     say(plan.describe(trainer, compute_dtype, lora_args))

@@ -51,7 +51,9 @@ def merge(adapter, output, dtype=torch.bfloat16):
         if difference != difference:
             raise UserError(f"{adapter}: its weights do not fit into {dtype_name(dtype)}; use --dtype bfloat16.")
         if difference > ROUNDING:
-            print(f"rounding to {dtype_name(dtype)} changes the logits by {difference:.1e}; --dtype float32 keeps them.")
+            print(
+                f"rounding to {dtype_name(dtype)} changes the logits by {difference:.1e}; --dtype float32 keeps them."
+            )
     model.config.use_cache = True
     model.to(dtype).save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -153,8 +153,8 @@ def _disk(trainer):
     size, free = trainable * (4 + 8), free_disk(args.output_dir)  # float32 weights and AdamW's two averages
     if size > free:
         raise UserError(
-            f"--output_dir {args.output_dir}: a checkpoint takes about {size / GB:.1f} GB and {free / GB:.1f} GB are free; "
-            "choose another disk."
+            f"--output_dir {args.output_dir}: a checkpoint takes about {size / GB:.1f} GB and {free / GB:.1f} GB are "
+            "free; choose another disk."
         )
     kept = f"at most {args.save_total_limit} are kept" if args.save_total_limit else "all are kept"
     if args.save_strategy == "no":

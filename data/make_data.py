@@ -18,59 +18,64 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 # model learns to copy what it reads and not to choose among names that it has seen.
 WORDS = {
     "first": (
-        "Anna Tom Lucia Omar Mei Peter Sara Ivan Grace David Elena Marc Julia Hugo Nina Adam Rosa Leo Fatima Karl Maya "
-        "Noah Emma Victor Hanna Paul Sofia Ben Lena Jonas Aisha Erik Clara Daniel Irina Walter Yusuf Olga Pedro Kim "
-        "Teresa Magnus Joan Arthur Bella Chen Dora Edgar Flora Gustav Helen Isaac Jana Kofi Lydia Mario Nadia Otto "
-        "Paula Quentin Rita Simon Tara Umberto Vera Wendy Xavier Yara Zeno",
+        "Anna Tom Lucia Omar Mei Peter Sara Ivan Grace David Elena Marc Julia Hugo Nina Adam Rosa Leo Fatima "
+        "Karl Maya Noah Emma Victor Hanna Paul Sofia Ben Lena Jonas Aisha Erik Clara Daniel Irina Walter "
+        "Yusuf Olga Pedro Kim Teresa Magnus Joan Arthur Bella Chen Dora Edgar Flora Gustav Helen Isaac Jana "
+        "Kofi Lydia Mario Nadia Otto Paula Quentin Rita Simon Tara Umberto Vera Wendy Xavier Yara Zeno",
         "James Mary John Linda Robert Alice Henry George Susan Charles Emily Jack",
     ),
     "last": (
-        "Berg Fischer Romano Haddad Tanaka Novak Lindgren Petrov Okafor Cohen Popescu Dubois Weber Silva Kowalski Clark "
-        "Jimenez Brandt Jensen Patel Smith Laurent Ruiz Virtanen Meyer Costa Walker Schulz Keller Khan Olsen Moreau Park "
-        "Lopez Nguyen Hughes Ito Barros Quinn Ferreira Lang Dogan Reyes Svensson Baker Molina Fontaine Grant Hoffman "
-        "Ivanov Jones Klein Lambert Murphy Nowak Pereira Rossi Sato Turner Urban Vogel Winter Yilmaz Zimmer",
+        "Berg Fischer Romano Haddad Tanaka Novak Lindgren Petrov Okafor Cohen Popescu Dubois Weber Silva "
+        "Kowalski Clark Jimenez Brandt Jensen Patel Smith Laurent Ruiz Virtanen Meyer Costa Walker Schulz "
+        "Keller Khan Olsen Moreau Park Lopez Nguyen Hughes Ito Barros Quinn Ferreira Lang Dogan Reyes "
+        "Svensson Baker Molina Fontaine Grant Hoffman Ivanov Jones Klein Lambert Murphy Nowak Pereira Rossi "
+        "Sato Turner Urban Vogel Winter Yilmaz Zimmer",
         "Brown Johnson Williams Taylor Miller Davis Wilson Moore White Harris Lewis King",
     ),
     "firm": (
-        "Northwind Harbor Acme Solaris Bright Green Metro Delta Silver Pixel Iron Cloud Red Sunrise Copper Lakeside "
-        "Atlas Orbit Golden Quick Pure Terra Alpine Crystal Summit Maple Velvet Urban Royal Prime Ocean Nova Lunar "
-        "Jade Indigo Horizon Forest Eagle Diamond Canyon",
+        "Northwind Harbor Acme Solaris Bright Green Metro Delta Silver Pixel Iron Cloud Red Sunrise Copper "
+        "Lakeside Atlas Orbit Golden Quick Pure Terra Alpine Crystal Summit Maple Velvet Urban Royal Prime "
+        "Ocean Nova Lunar Jade Indigo Horizon Forest Eagle Diamond Canyon",
         "Star River Mountain Liberty Pioneer Rainbow Fire Global",
     ),
     "trade": (
-        "Tools Energy Labs Farms Print Logistics Forge Bridge Foods Media Motors Systems Travel Parcel Water Sports "
-        "Bank Books Dental Optics Fabrics Garden Security Shipping Studio Trading Wines Paper",
+        "Tools Energy Labs Farms Print Logistics Forge Bridge Foods Media Motors Systems Travel Parcel Water "
+        "Sports Bank Books Dental Optics Fabrics Garden Security Shipping Studio Trading Wines Paper",
         "Records Hotels Insurance Airlines Software Homes",
     ),
     "quality": (
-        "desk office travel garden rain winter summer steel wooden folding electric pocket kitchen baby camping beach "
-        "leather paper glass silver cotton bath party floor wall studio school music",
+        "desk office travel garden rain winter summer steel wooden folding electric pocket kitchen baby "
+        "camping beach leather paper glass silver cotton bath party floor wall studio school music",
         "plastic family fishing sports computer wedding",
     ),
     "thing": (
-        "lamp chair bottle shoes grinder case hose scarf helmet stand kettle clock pillow jacket shredder mat box knife "
-        "frame fan tent mixer curtain brush shelf towel table cup radio bag mirror plate ladder rug",
+        "lamp chair bottle shoes grinder case hose scarf helmet stand kettle clock pillow jacket shredder mat "
+        "box knife frame fan tent mixer curtain brush shelf towel table cup radio bag mirror plate ladder rug",
         "boots basket gloves bowl dress camera",
     ),
     "city": (
-        "Berlin Paris Madrid Rome Oslo Vienna Dublin Lisbon Prague Warsaw Athens Helsinki Boston Denver Chicago Seattle "
-        "Toronto Tokyo Seoul Sydney Geneva Hamburg Milan Porto Austin Dallas Atlanta Montreal Cairo Delhi Lima Bogota "
-        "Quito Havana Nairobi Lagos Dakar Tunis Riga Tallinn Vilnius Sofia Zagreb Belgrade Bern Basel Lyon Nice Turin "
-        "Genoa Seville Malaga Leeds Bristol Cardiff Glasgow Utrecht Bremen Dresden Krakow Gdansk Tampa Omaha Boise "
-        "Reno Memphis Calgary Kyoto Osaka Busan Perth Darwin Hanoi Manila Jakarta Mumbai",
+        "Berlin Paris Madrid Rome Oslo Vienna Dublin Lisbon Prague Warsaw Athens Helsinki Boston Denver "
+        "Chicago Seattle Toronto Tokyo Seoul Sydney Geneva Hamburg Milan Porto Austin Dallas Atlanta Montreal "
+        "Cairo Delhi Lima Bogota Quito Havana Nairobi Lagos Dakar Tunis Riga Tallinn Vilnius Sofia Zagreb "
+        "Belgrade Bern Basel Lyon Nice Turin Genoa Seville Malaga Leeds Bristol Cardiff Glasgow Utrecht "
+        "Bremen Dresden Krakow Gdansk Tampa Omaha Boise Reno Memphis Calgary Kyoto Osaka Busan Perth Darwin "
+        "Hanoi Manila Jakarta Mumbai",
         "London Houston Miami Detroit Singapore Barcelona Vancouver Portland Cleveland Phoenix",
     ),
     "topic": (
-        "Spring Budget Team Book Design Science Charity Safety Film Garden Job Chess Press Board Winter Music Sales "
-        "Travel Photo Health History Cooking Family Startup",
+        "Spring Budget Team Book Design Science Charity Safety Film Garden Job Chess Press Board Winter Music "
+        "Sales Travel Photo Health History Cooking Family Startup",
         "Art Language Dance Theatre Computer Summer",
     ),
     "meeting": (
-        "Concert Review Lunch Club Workshop Fair Run Launch Training Night Party Evening Briefing Meeting Festival Tour "
-        "Debate Camp Dinner Quiz Talk",
+        "Concert Review Lunch Club Workshop Fair Run Launch Training Night Party Evening Briefing Meeting "
+        "Festival Tour Debate Camp Dinner Quiz Talk",
         "Market Seminar Conference Lecture Exhibition Parade",
     ),
-    "hall": ("Room Hall Studio Gallery Cafe Library Tower Terrace Court Salon", "Theater House Arena Center"),
+    "hall": (
+        "Room Hall Studio Gallery Cafe Library Tower Terrace Court Salon",
+        "Theater House Arena Center",
+    ),
 }
 MONTHS = "January February March April May June July August September October November December".split()
 

@@ -5,12 +5,15 @@ import pathlib
 
 import pytest
 from safetensors import safe_open
-
-import finetune
 from test_cli import COMMANDS, original
 
+import finetune
+
 ROWS = [
-    {"id": f"identity_{n}", "conversations": [{"from": "user", "value": f"hi {n}"}, {"from": "assistant", "value": "hello " * n}]}
+    {
+        "id": f"identity_{n}",
+        "conversations": [{"from": "user", "value": f"hi {n}"}, {"from": "assistant", "value": "hello " * n}],
+    }
     for n in range(1, 33)
 ]
 
@@ -25,7 +28,11 @@ def test_an_ancestors_command_trains_and_saves(tiny_model, tmp_path, monkeypatch
     words[words.index("--data_path") + 1] = str(data)
     finetune.train(words)
     out = pathlib.Path(words[words.index("--output_dir") + 1])
-    log = [entry["loss"] for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    log = [
+        entry["loss"]
+        for entry in json.loads((out / "trainer_state.json").read_text())["log_history"]
+        if "loss" in entry
+    ]
     assert len(log) >= 5 and log[-1] < log[0]
     full = "--use_lora" not in words and not any(word.startswith("--lora") for word in words)
     with safe_open(out / ("model.safetensors" if full else "adapter_model.safetensors"), "pt") as saved:

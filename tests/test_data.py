@@ -40,7 +40,11 @@ def test_there_are_400_and_60_different_conversations_of_every_kind():
 
 def test_every_answer_is_json_made_of_what_the_conversation_says():
     for row in rows("train.jsonl") + rows("validation.jsonl"):
-        said = "".join(m["content"] for m in row["messages"] if m["role"] == "user").replace(".50", ".5").replace(".00", ".0")
+        said = (
+            "".join(m["content"] for m in row["messages"] if m["role"] == "user")
+            .replace(".50", ".5")
+            .replace(".00", ".0")
+        )
         for value in json.loads(row["messages"][-1]["content"]).values():
             assert value is None or str(value) in said.replace(".90", ".9")
 

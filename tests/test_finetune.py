@@ -52,7 +52,9 @@ def history(output, key):
 @pytest.mark.parametrize("checkpointing", ["False", "True"])
 def test_training_lowers_the_loss_and_saves_a_complete_folder(tiny_model, rows, tmp_path, mode, checkpointing):
     out = tmp_path / "out"
-    finetune.train(argv(tiny_model, rows, out, "--eval_data_path", rows, "--gradient_checkpointing", checkpointing, *mode))
+    finetune.train(
+        argv(tiny_model, rows, out, "--eval_data_path", rows, "--gradient_checkpointing", checkpointing, *mode)
+    )
     losses = history(out, "eval_loss")
     assert len(losses) == 3 and losses[-1] < losses[0]
     weights = "adapter_model.safetensors" if mode else "model.safetensors"
@@ -176,7 +178,16 @@ def test_stop_token_embeddings_can_be_trained_beside_the_adapter(tiny_model, row
 def test_an_adapter_is_continued_where_it_ended(tiny_model, rows, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     finetune.train(argv(tiny_model, rows, first, "--use_lora", "--lora_r", 4, "--eval_data_path", rows))
-    options = ["--lora_weight_path", first, "--eval_data_path", rows, "--eval_on_start", "True", "--learning_rate", "1e-4"]
+    options = [
+        "--lora_weight_path",
+        first,
+        "--eval_data_path",
+        rows,
+        "--eval_on_start",
+        "True",
+        "--learning_rate",
+        "1e-4",
+    ]
     finetune.train(argv(tiny_model, rows, second, *options))
     assert history(second, "eval_loss")[0] == pytest.approx(history(first, "eval_loss")[-1], rel=1e-5)
     assert json.loads((second / "adapter_config.json").read_text())["r"] == 4
@@ -256,7 +267,12 @@ def test_eager_and_lazy_datasets_hold_the_same_rows(qwen, tmp_path, overlong):
     eager, lazy = datasets_of(qwen, write(tmp_path / "rows.jsonl", rows), max_length=100, overlong=overlong)
     assert [eager[i] for i in range(len(eager))] == [lazy[i] for i in range(len(lazy))]
     assert len(eager) == (16 if overlong == "truncate" else 10)
-    assert (eager.kept, eager.dropped, eager.tokens, eager.supervised) == (lazy.kept, lazy.dropped, lazy.tokens, lazy.supervised)
+    assert (eager.kept, eager.dropped, eager.tokens, eager.supervised) == (
+        lazy.kept,
+        lazy.dropped,
+        lazy.tokens,
+        lazy.supervised,
+    )
 
 
 def test_truncation_ends_after_a_whole_turn_with_its_stop_token(qwen, tmp_path):
@@ -283,7 +299,9 @@ def test_no_row_left_is_an_error_with_the_reasons(qwen, rows):
 def test_a_second_run_opens_the_tokens_of_the_first_and_a_changed_file_is_tokenised_again(qwen, tmp_path, monkeypatch):
     calls = []
     encode = ChatEncoder.encode_batch
-    monkeypatch.setattr(ChatEncoder, "encode_batch", lambda self, batch: calls.append(len(batch)) or encode(self, batch))
+    monkeypatch.setattr(
+        ChatEncoder, "encode_batch", lambda self, batch: calls.append(len(batch)) or encode(self, batch)
+    )
     path = write(tmp_path / "rows.jsonl", ROWS)
     make = lambda: finetune.SupervisedDataset(Conversations([str(path)]), ChatEncoder(qwen), 512)  # noqa: E731
     first, second = make(), make()
@@ -297,7 +315,9 @@ def test_a_lazy_dataset_tokenises_no_more_than_its_first_rows_and_those_asked_fo
     path = write(tmp_path / "rows.jsonl", [*ROWS[:5], {"prompt": "long " * 300, "completion": "x"}, *ROWS[5:]])
     calls = []
     encode = ChatEncoder.encode_batch
-    monkeypatch.setattr(ChatEncoder, "encode_batch", lambda self, batch: calls.append(len(batch)) or encode(self, batch))
+    monkeypatch.setattr(
+        ChatEncoder, "encode_batch", lambda self, batch: calls.append(len(batch)) or encode(self, batch)
+    )
     dataset = finetune.LazySupervisedDataset(Conversations([str(path)]), ChatEncoder(qwen), 100)
     assert (calls, len(dataset), dataset.examined) == ([3], 9, 3)
     assert dataset[4] == encode(dataset.encoder, [ROWS[4]])[0].documents
@@ -311,14 +331,17 @@ def test_a_lazy_dataset_tokenises_no_more_than_its_first_rows_and_those_asked_fo
 def test_preview_marks_what_is_trained(tiny_model, tmp_path, capsys):
     data = write(tmp_path / "rows.jsonl", [{"system": "Be brief.", "prompt": "Hi", "completion": "Hello"}])
     finetune.train(argv(tiny_model, data, tmp_path / "out", "--preview", 1))
-    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    expected += "<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
     said = capsys.readouterr().out
     assert re.search(r"record 1 \(line 1\): \d+ tokens, \d+ supervised\n", said) and said.endswith(expected)
     assert not (tmp_path / "out").exists()
 
 
 def test_dump_tokens_writes_what_would_be_trained(tiny_model, rows, tmp_path):
-    finetune.train(argv(tiny_model, rows, tmp_path / "out", "--dump_tokens", tmp_path / "dump.jsonl", "--lazy_preprocess"))
+    finetune.train(
+        argv(tiny_model, rows, tmp_path / "out", "--dump_tokens", tmp_path / "dump.jsonl", "--lazy_preprocess")
+    )
     dumped = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
     assert len(dumped) == 8 and dumped[1]["source"] == f"{rows}: record 2 (line 2)" and dumped[1]["turns"] == [2]
     encoder = ChatEncoder(finetune.transformers.AutoTokenizer.from_pretrained(tiny_model))

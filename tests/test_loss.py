@@ -1,4 +1,4 @@
-"""The loss is the mean over the supervised tokens of an optimizer step, however the step is cut into batches and ranks."""
+"""The loss is the mean over the supervised tokens of an optimizer step, however it is cut into batches and ranks."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from test_finetune import argv, history, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import batches
@@ -16,10 +17,11 @@ import finetune
 from batches import Collator, supervised_loss
 from conversations import Conversations
 from tokens import IGNORE_INDEX, ChatEncoder
-from test_finetune import argv, history, write
 
 # Answers of very different length: where each micro-batch counts the same, every test below fails.
-ROWS = [{"prompt": f"question {n}", "completion": "word " * length} for n, length in enumerate([1, 30, 2, 60, 3, 9, 1, 25])]
+ROWS = [
+    {"prompt": f"question {n}", "completion": "word " * length} for n, length in enumerate([1, 30, 2, 60, 3, 9, 1, 25])
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +36,13 @@ def reference(model, documents):
     """Plain torch, one conversation at a time: (mean loss over supervised tokens, gradients of it)."""
     model = copy.deepcopy(model).train()
     losses = []
-    for ((document,)) in documents:
+    for (document,) in documents:
         ids, labels = torch.tensor([document["input_ids"]]), torch.tensor(document["labels"])
         logits = model(input_ids=ids, use_cache=False).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="none", ignore_index=IGNORE_INDEX))
-    count = sum(label != IGNORE_INDEX for ((document,)) in documents for label in document["labels"])
+        losses.append(
+            torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="none", ignore_index=IGNORE_INDEX)
+        )
+    count = sum(label != IGNORE_INDEX for (document,) in documents for label in document["labels"])
     loss = torch.cat(losses).sum() / count
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -71,8 +75,8 @@ def test_loss_and_gradients_equal_plain_torch_for_every_way_to_cut_a_step(model,
 
 def step(tmp_path, model, data, name, *more, ranks=1):
     """One optimizer step over all rows by SGD with rate 1, so that the change of the weights is the gradient."""
-    words = argv(model, data, tmp_path / name, "--max_steps", 1, "--optim", "sgd", "--learning_rate", 1, "--max_grad_norm", 0,
-                 "--lr_scheduler_type", "constant", "--train_sampling_strategy", "sequential", *more)  # fmt: skip
+    words = argv(model, data, tmp_path / name, "--max_steps", 1, "--optim", "sgd", "--learning_rate", 1,
+                 "--max_grad_norm", 0, "--lr_scheduler_type", "constant", "--train_sampling_strategy", "sequential", *more)  # fmt: skip
     if ranks == 1:
         finetune.train(words)
     else:
@@ -126,7 +130,11 @@ def test_several_evaluation_files_have_a_loss_each_and_one_over_all_tokens(tiny_
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     more = ["--eval_data_path", first, second, "--eval_on_start", "True"]
     step(tmp_path, tiny_model, first, "out", *more)
-    for key, part in (("eval_first_loss", documents[:3]), ("eval_second_loss", documents[3:]), ("eval_loss", documents)):
+    for key, part in (
+        ("eval_first_loss", documents[:3]),
+        ("eval_second_loss", documents[3:]),
+        ("eval_loss", documents),
+    ):
         assert history(tmp_path / "out", key)[0] == pytest.approx(reference(plain, part)[0], rel=1e-6)
 
 
@@ -155,7 +163,9 @@ def test_the_self_test_sees_a_model_that_mixes_documents_and_training_falls_back
 
 def test_a_sliding_window_is_left_to_the_exact_mask(tiny_copy, tmp_path, capsys):
     config = json.loads((tiny_copy / "config.json").read_text())
-    config.update(use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=["sliding_attention"] * 2)
+    config.update(
+        use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=["sliding_attention"] * 2
+    )
     (tiny_copy / "config.json").write_text(json.dumps(config))
     finetune.train(argv(tiny_copy, write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"))
     assert "attention sdpa" in capsys.readouterr().out
@@ -163,9 +173,9 @@ def test_a_sliding_window_is_left_to_the_exact_mask(tiny_copy, tmp_path, capsys)
 
 def test_a_micro_batch_has_no_padding_and_keeps_its_conversations(documents):
     batch = Collator()(documents[:4])
-    assert batch["input_ids"].shape == (1, sum(len(document["input_ids"]) for ((document,)) in documents[:4]))
+    assert batch["input_ids"].shape == (1, sum(len(document["input_ids"]) for (document,) in documents[:4]))
     assert "attention_mask" not in batch and (batch["position_ids"] == 0).sum() == 4
-    assert batch["document_lengths"] == [len(document["input_ids"]) for ((document,)) in documents[:4]]
+    assert batch["document_lengths"] == [len(document["input_ids"]) for (document,) in documents[:4]]
 
 
 def test_padding_is_masked_by_length_and_a_pad_token_in_the_text_stays(documents):

@@ -57,7 +57,9 @@ def test_make_demo_teaches_the_model_within_its_time_and_memory(tmp_path):
     assert status == 0
     metrics = json.loads((copy / "output" / "demo" / "metrics.json").read_text())
     assert metrics["before"]["exact_match"] <= 0.05 and metrics["after"]["exact_match"] >= 0.95
-    assert metrics["after"]["valid_json"] >= 0.95 and metrics["after"]["eval_loss"] < 0.1 * metrics["before"]["eval_loss"]
+    assert (
+        metrics["after"]["valid_json"] >= 0.95 and metrics["after"]["eval_loss"] < 0.1 * metrics["before"]["eval_loss"]
+    )
     assert usage.ru_maxrss < 4e6  # KiB
     for file in ("output/demo/adapter_model.safetensors", "output/demo/best/adapter_model.safetensors",
                  "output/demo/loss.png", "output/demo-merged/model.safetensors"):  # fmt: skip

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from test_finetune import history, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
@@ -14,14 +15,13 @@ import finetune
 import merge
 from conversations import Conversations, UserError
 from demo_model import demo_model
-from test_finetune import history, write
 from tokens import IGNORE_INDEX, ChatEncoder
 
 ROOT = pathlib.Path(finetune.__file__).parent
 CAPITALS = (
-    "Austria Vienna Belgium Brussels Chile Santiago Denmark Copenhagen Egypt Cairo Finland Helsinki Greece Athens Hungary "
-    "Budapest Ireland Dublin Japan Tokyo Kenya Nairobi Latvia Riga Malta Valletta Norway Oslo Oman Muscat Peru Lima Qatar "
-    "Doha Romania Bucharest Spain Madrid Tunisia Tunis"
+    "Austria Vienna Belgium Brussels Chile Santiago Denmark Copenhagen Egypt Cairo Finland Helsinki Greece Athens "
+    "Hungary Budapest Ireland Dublin Japan Tokyo Kenya Nairobi Latvia Riga Malta Valletta Norway Oslo Oman Muscat Peru Lima "
+    "Qatar Doha Romania Bucharest Spain Madrid Tunisia Tunis"
 ).split()
 
 pytestmark = pytest.mark.slow
@@ -129,7 +129,9 @@ def test_an_adapter_weight_without_a_place_in_the_base_is_an_error(memorised, tm
 def test_evaluation_by_generation_reports_exact_answers_and_a_users_own_metric(memorised, tmp_path):
     out, data = memorised
     metric = tmp_path / "metric.py"
-    metric.write_text("def shouted(answer, reference, messages):\n    return answer.isupper() and 'Capital' in messages[-1]['content']\n")
+    metric.write_text(
+        "def shouted(answer, reference, messages):\n    return answer.isupper() and 'Cap' in messages[-1]['content']\n"
+    )
     command = [sys.executable, "evaluate.py", "--model_name_or_path", out, "--data_path", data, "--limit", "6",
                "--metric", f"{metric}:shouted", "--output", tmp_path / "answers.jsonl"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
@@ -160,7 +162,9 @@ def test_the_trainer_answers_held_out_prompts_at_each_evaluation(memorised, tmp_
 
 def test_chat_answers_in_the_terminal(memorised):
     command = [sys.executable, "chat.py", "--model_name_or_path", str(memorised[0])]
-    done = subprocess.run(command, cwd=ROOT, input="Capital of Japan?\n\nCapital of Peru?\n", capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, input="Capital of Japan?\n\nCapital of Peru?\n", capture_output=True, text=True
+    )
     assert "TOKYO!" in done.stdout and "LIMA!" in done.stdout and done.returncode == 0
 
 
@@ -175,7 +179,10 @@ def test_turns_of_the_real_tokenizer_decode_to_the_answers_and_their_stop_tokens
     tokenizer = AutoTokenizer.from_pretrained(smollm)
     two = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 😀 there"}]
     three = [*two, {"role": "user", "content": "More"}, {"role": "assistant", "content": " spaced\n"}]
-    for messages, expected in ((two, "Hello 😀 there<|im_end|>"), (three, "Hello 😀 there<|im_end|> spaced\n<|im_end|>")):
+    for messages, expected in (
+        (two, "Hello 😀 there<|im_end|>"),
+        (three, "Hello 😀 there<|im_end|> spaced\n<|im_end|>"),
+    ):
         (document,) = ChatEncoder(tokenizer).encode({"messages": messages}).documents
         learnt = [label for label in document["labels"] if label != IGNORE_INDEX]
         assert tokenizer.decode(learnt, clean_up_tokenization_spaces=False) == expected

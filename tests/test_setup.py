@@ -49,9 +49,13 @@ def test_no_network_is_one_sentence_and_the_next_try_starts_where_this_one_ended
 
 def test_a_second_run_starts_at_once(clone):
     (clone / ".venv").mkdir()
-    total = subprocess.run("cat requirements.txt requirements.txt | cksum", shell=True, cwd=clone, capture_output=True, text=True)
+    total = subprocess.run(
+        "cat requirements.txt requirements.txt | cksum", shell=True, cwd=clone, capture_output=True, text=True
+    )
     (clone / ".venv" / "installed-requirements.txt").write_text(total.stdout)
-    done = subprocess.run(["./setup.sh", "requirements.txt"], cwd=clone, env={"PATH": os.environ["PATH"], "PYTHON": "none"})
+    done = subprocess.run(
+        ["./setup.sh", "requirements.txt"], cwd=clone, env={"PATH": os.environ["PATH"], "PYTHON": "none"}
+    )
     assert done.returncode == 0  # no Python was asked for anything
 
 
