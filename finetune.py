@@ -22,6 +22,7 @@ cli.quiet()  # before the libraries are imported
 import torch
 import transformers
 from torch.utils.data import Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -545,14 +546,22 @@ class RecipeTrainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Summed cross entropy of the supervised tokens / their number in the optimizer step (None: in the batch)."""
-        total, supervised = supervised_loss(model, inputs)
-        if self._file_sums is not None:
+        evaluating = self._file_sums is not None
+        total, supervised = supervised_loss(model, inputs, 0.0 if evaluating else self.args.label_smoothing_factor)
+        if evaluating:
             self._file_sums += torch.stack([total.detach().double(), supervised.double()])
         count = num_items_in_batch if num_items_in_batch is not None else supervised.clamp(min=1)
         loss = total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is their sum
         return (loss, {}) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [self.train_dataset.lengths[number] for number in self.train_dataset.kept]
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(rows, lengths=lengths)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
@@ -657,6 +666,10 @@ def parse(argv):
             raise UserError("--use_lora False contradicts the LoRA flags; remove one of them.")
         training_args.use_lora = True
         say("LoRA flags are given: training a LoRA adapter (--use_lora).")
+    if training_args.train_sampling_strategy == "batch_rebalance":
+        raise UserError("--train_sampling_strategy batch_rebalance: expected random, sequential or group_by_length.")
+    if training_args.train_sampling_strategy == "group_by_length" and data_args.lazy_preprocess:
+        raise UserError("--train_sampling_strategy group_by_length needs all lengths; leave out --lazy_preprocess.")
     if data_args.validate_only or data_args.dump_tokens:
         data_args.lazy_preprocess = False  # all rows are looked at
     if data_args.metric:
@@ -676,6 +689,8 @@ def parse(argv):
 
 def look_at_data(data_args, tokenizer, datasets):
     """--preview, --dump_tokens and --validate_only: what would be trained, without a model."""
+    if cli.rank():
+        return {}
     if data_args.dump_tokens:
         preview.dump(datasets["training"], data_args.dump_tokens)
         say(f"{data_args.dump_tokens}: {len(datasets['training']):,} conversations in tokens")
@@ -740,6 +755,8 @@ def train(argv=None):
         trainer.save_state()
     if trainer.args.should_save:
         curves.draw(trainer.state.log_history, training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
     return metrics
 
 

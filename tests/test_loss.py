@@ -15,7 +15,7 @@ import batches
 import checks
 import finetune
 from batches import Collator, supervised_loss
-from conversations import Conversations
+from conversations import Conversations, UserError
 from tokens import IGNORE_INDEX, ChatEncoder
 
 # Answers of very different length: where each micro-batch counts the same, every test below fails.
@@ -136,6 +136,31 @@ def test_several_evaluation_files_have_a_loss_each_and_one_over_all_tokens(tiny_
         ("eval_loss", documents),
     ):
         assert history(tmp_path / "out", key)[0] == pytest.approx(reference(plain, part)[0], rel=1e-6)
+
+
+def test_label_smoothing_is_in_the_training_loss_and_not_in_the_evaluation_loss(tiny_model, documents, tmp_path):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    more = ["--eval_data_path", data, "--eval_on_start", "True", "--label_smoothing_factor", 0.2]
+    loss, _ = step(tmp_path, tiny_model, data, "out", *more, "--per_device_train_batch_size", 8)
+    total = count = 0
+    for ((document,)) in documents:
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([document["input_ids"]]), use_cache=False).logits[0, :-1]
+        labels = torch.tensor(document["labels"][1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.2).item()
+        count += (labels != IGNORE_INDEX).sum().item()
+    assert loss == pytest.approx(total / count, rel=1e-5)
+    assert history(tmp_path / "out", "eval_loss")[0] == pytest.approx(reference(plain, documents)[0], rel=1e-6)
+
+
+def test_rows_can_be_grouped_by_length(tiny_model, tmp_path):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    finetune.train(argv(tiny_model, data, tmp_path / "out", "--train_sampling_strategy", "group_by_length"))
+    assert len(history(tmp_path / "out", "loss")) == 6
+    for more in (["group_by_length", "--lazy_preprocess"], ["batch_rebalance"]):
+        with pytest.raises(UserError, match="--train_sampling_strategy"):
+            finetune.train(argv(tiny_model, data, tmp_path / "out", "--train_sampling_strategy", *more))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
