@@ -46,8 +46,10 @@ def packed_mask(*args, attention_mask=None, q_length, kv_length, **options):
 
 def can_pack(config):
     """Whether every layer of the model looks at all earlier tokens, as `packed_attention` does."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(config, "use_sliding_window", False)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return set(kinds) == {"full_attention"}
+    return getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False
 
 
 def register():

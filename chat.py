@@ -20,7 +20,7 @@ def main():
     try:
         model, tokenizer = evaluate.load(args.model_name_or_path)
         stop_id = evaluate.ChatEncoder(tokenizer).stop_id
-    except UserError as error:
+    except (UserError, ValueError) as error:  # or a tokenizer without a chat template
         cli.fail(error)
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(start)

@@ -329,6 +329,9 @@ class TextRecords:
             raise UserError(f"{self.name}: found more text after the list that ends in line {line}; expected one list.")
         return starts, ends, None
 
+    def __reduce__(self):
+        return TextRecords, (self.name,)  # a process that was not forked opens the file again
+
     def __len__(self):
         return len(self._starts)
 

@@ -15,8 +15,10 @@ import os
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 
 import attention
+import checks
 import cli
 from batches import Collator, supervised_loss
 from conversations import Conversations, UserError
@@ -41,11 +43,13 @@ def load(folder, dtype=None, device=None):
     attention.register()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        config = AutoConfig.from_pretrained(base)
+        # An adapter trained with --rope_scaling has a configuration of its own beside it.
+        own = os.path.exists(os.path.join(folder, "config.json"))
+        config = AutoConfig.from_pretrained(folder if own else base)
         kernel = {"attn_implementation": attention.PACKED} if attention.can_pack(config.get_text_config()) else {}
         dtype = dtype or best_dtype(device == "cpu")
         model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, **kernel)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be loaded as a model: {str(error).splitlines()[0]}") from None
     if adapter:
         from peft import PeftModel
@@ -63,13 +67,15 @@ class Question(NamedTuple):
     messages: list
 
 
-def questions(conversations, encoder):
-    """One Question for the last assistant turn of each conversation; those without one are left out."""
+def questions(conversations, encoder, max_length=None):
+    """One Question for the last assistant turn of each conversation; those without one, or too long, are left out."""
     last_turn = ChatEncoder(encoder.tokenizer, "last_turn", encoder.thinking)
     result = []
     for conversation, encoded in zip(conversations, last_turn.encode_batch(conversations), strict=True):
         for document in encoded.documents:
             ids, ((start, end),) = document["input_ids"], supervised_runs(document["labels"])
+            if max_length and len(ids) > max_length:
+                continue
             reference = encoder.tokenizer.decode(ids[start : end - 1], clean_up_tokenization_spaces=False)
             turn = document["turns"][-1] - 1
             result.append(Question(ids[:start], ids[start:end], reference, conversation["messages"][:turn]))
@@ -114,7 +120,7 @@ def answer(model, tokenizer, asked, stop_id, max_new_tokens=256, batch_size=16):
 def mean_loss(model, rows, batch_size=8, collator=None):
     """Mean cross entropy over the supervised tokens of `rows` (lists of documents), whatever the batch size."""
     model.eval()
-    collator = collator or Collator()
+    collator = collator or Collator(checks.documents_are_isolated(model, Collator()))
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = collator(rows[start : start + batch_size])
@@ -134,11 +140,16 @@ def is_json(text):
 def load_metric(name):
     """The function behind `file.py:function`."""
     path, _, function = name.partition(":")
-    if not function or not os.path.exists(path):
+    if not function or not os.path.exists(path) or not path.endswith(".py"):
         raise UserError(f"--metric {name!r}: expected an existing file and a function in it, as in metric.py:score.")
     spec = importlib.util.spec_from_file_location("metric", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--metric {name!r}: {path} cannot be run: {type(error).__name__}: {error}.") from None
+    if function in ("loss", "exact_match", "valid_json"):
+        raise UserError(f"--metric {name!r}: {function!r} is the name of a figure that is there; rename the function.")
     if not callable(getattr(module, function, None)):
         raise UserError(f"--metric {name!r}: {path} has no function {function!r}.")
     return getattr(module, function)
@@ -148,7 +159,11 @@ def scores(text, question, metric=None):
     """How good one answer is: exact_match and valid_json, 0 or 1, and `metric` under its name where one is given."""
     result = {"exact_match": float(text.strip() == question.reference.strip()), "valid_json": float(is_json(text))}
     if metric:
-        result[metric.__name__] = float(metric(text, question.reference, question.messages))
+        try:
+            result[metric.__name__] = float(metric(text, question.reference, question.messages))
+        except Exception as error:  # one odd answer must not end a run of hours
+            print(f"--metric {metric.__name__}: {type(error).__name__}: {error} on the answer {text!r:.200}")
+            result[metric.__name__] = float("nan")
     return result
 
 
@@ -160,6 +175,8 @@ def measure(model, tokenizer, conversations, max_new_tokens=256, batch_size=16, 
     """
     encoder = ChatEncoder(tokenizer)
     asked = questions(conversations, encoder)
+    if not asked:
+        raise UserError("no conversation has an assistant turn to be answered.")
     answers = answer(model, tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size)
     each = [scores(text, question, metric) for text, question in zip(answers, asked, strict=True)]
     numbers = {name: sum(score[name] for score in each) / len(each) for name in each[0]}
@@ -185,7 +202,7 @@ def main():
         chosen = [source[i] for i in range(min(args.limit or len(source), len(source)))]
         model, tokenizer = load(args.model_name_or_path)
         numbers, answers, asked = measure(model, tokenizer, chosen, args.max_new_tokens, args.batch_size, metric)
-    except UserError as error:
+    except (UserError, ValueError, TemplateError) as error:  # a template that is missing, or refuses a conversation
         cli.fail(error)
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:

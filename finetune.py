@@ -7,11 +7,13 @@ Reads top to bottom in the order the data flows: arguments, datasets, model and 
 """
 
 import collections
+import glob
 import inspect
 import itertools
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -156,6 +158,7 @@ class TrainingArguments(transformers.TrainingArguments):
     save_total_limit: int = flag(2,
         "Checkpoints kept on disk, the newest ones. Default 2; more when disk allows, 0 for all."
     )
+    logging_steps: float = flag(10, "Optimizer steps between two lines of the log. Default 10; below 1, a share.")
     logging_nan_inf_filter: bool = flag(False,
         "Hide non-finite losses in the log. Default False: they stop the run, as they should."
     )
@@ -183,6 +186,9 @@ class TrainingArguments(transformers.TrainingArguments):
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         self.label_names = ["labels"]
         super().__post_init__()
+        if self.n_gpu > 1:
+            say(f"one of {self.n_gpu} GPUs is used; for all: torchrun --nproc_per_node {self.n_gpu} finetune.py ...")
+            self._n_gpu = 1  # DataParallel would cut the packed row apart
 
 
 @dataclass
@@ -233,6 +239,12 @@ RANGES = {  # (lowest value, the value to stay below): flags
     (0, math.inf): "num_train_epochs learning_rate weight_decay max_grad_norm preview eval_generate",
     (0, 1): "adam_beta1 adam_beta2 eval_ratio lora_dropout",
 }
+
+# Inherited flags that only other scripts or other kinds of evaluation read.
+NO_EFFECT = set(
+    "do_predict include_for_metrics batch_eval_metrics eval_do_concat_batches label_names use_cache length_column_name "
+    "prediction_loss_only remove_unused_columns".split()
+)
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     cli.parse(["--help"], ARGUMENTS)  # prints and exits here, before the Trainer and all that it imports
@@ -289,7 +301,7 @@ class SupervisedDataset(Dataset):
                 bar.update(len(rows))
 
     def _fingerprint(self):
-        code = [inspect.getsource(part) for part in (tokens, conversations, SupervisedDataset)]
+        code = [inspect.getsource(part) for part in (tokens, conversations, batches, SupervisedDataset)]
         return [*code, self.conversations.fingerprint(), self.encoder.fingerprint(), self.max_length, self.overlong]
 
     def _count(self, number, dropped, notes, length, tokens, supervised):
@@ -362,7 +374,7 @@ class LazySupervisedDataset(SupervisedDataset):
 
     def __getitem__(self, index):
         number = self.kept[index] if index < len(self.kept) else self.scanned + index - len(self.kept)
-        for candidate in (*range(number, len(self.conversations)), *range(number)):
+        for candidate in itertools.chain(range(number, len(self.conversations)), range(number)):
             (row,) = self.encode([candidate])
             if not row["dropped"]:
                 return row["documents"]
@@ -373,16 +385,15 @@ def make_datasets(data_args, training_args, encoder):
     paths, options = data_args.data_path, (encoder, training_args.model_max_length, data_args.overlong)
     chosen, held_out = Conversations(paths), {}
     if data_args.eval_data_path:
-        held_out = {_stem(path): Conversations([path]) for path in data_args.eval_data_path}
+        names = [os.path.basename(path).split(".")[0] for path in data_args.eval_data_path]
+        if len(set(names)) < len(names):
+            names = [re.sub(r"\W+", "_", path).strip("_") for path in data_args.eval_data_path]
+        held_out = {name: Conversations([path]) for name, path in zip(names, data_args.eval_data_path, strict=True)}
     elif data_args.eval_ratio:
         chosen, held_out["held_out"] = hold_out(paths, data_args.eval_ratio, training_args.seed)
     kind = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
     # Evaluation rows are tokenised ahead in any case: no row may stand in for another there.
     return kind(chosen, *options), {name: SupervisedDataset(part, *options) for name, part in held_out.items()} or None
-
-
-def _stem(path):
-    return os.path.basename(path).split(".")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,8 +407,8 @@ def load_tokenizer(model_args, training_args):
         try:
             with open(model_args.chat_template, encoding="utf-8") as file:
                 tokenizer.chat_template = file.read()
-        except OSError as error:
-            raise UserError(f"--chat_template {model_args.chat_template}: cannot be read ({error.strerror}).") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--chat_template {model_args.chat_template}: cannot be read: {error}.") from None
     return tokenizer
 
 
@@ -420,7 +431,7 @@ def _pretrained(kind, model_args, training_args, **options):
 def load_config(model_args, training_args):
     """The model's configuration, its window stretched to --model_max_length where --rope_scaling says how."""
     config = _pretrained(transformers.AutoConfig, model_args, training_args)
-    window = config.get_text_config().max_position_embeddings
+    window = getattr(config.get_text_config(), "max_position_embeddings", 8192)
     if training_args.model_max_length is None:
         training_args.model_max_length = min(8192, window)
     _scale_rope(config.get_text_config(), model_args.rope_scaling, training_args.model_max_length)
@@ -428,7 +439,7 @@ def load_config(model_args, training_args):
 
 
 def _scale_rope(config, kind, length):
-    window = config.max_position_embeddings
+    window = getattr(config, "max_position_embeddings", length)
     if kind not in (None, "yarn", "linear", "dynamic"):
         raise UserError(f"--rope_scaling {kind!r}: expected yarn, linear or dynamic.")
     if length <= window:
@@ -499,9 +510,9 @@ def add_adapter(model, training_args, lora_args):
             parameter.requires_grad_(False)
     try:
         if lora_args.lora_weight_path:
-            return peft.PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True)
+            return _float32(peft.PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True))
         start = lora_args.init_lora_weights
-        return peft.get_peft_model(
+        adapted = peft.get_peft_model(
             model,
             peft.LoraConfig(
                 task_type="CAUSAL_LM",
@@ -517,11 +528,20 @@ def add_adapter(model, training_args, lora_args):
                 trainable_token_indices=lora_args.trainable_token_indices,
             ),
         )
-    except (ValueError, OSError) as error:
+        return _float32(adapted)
+    except (ValueError, TypeError, OSError) as error:
         linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
         raise UserError(
             f"no adapter: {' '.join(str(error).split()):.300} Linear layers are {sorted(linear)}."
         ) from None
+
+
+def _float32(model):
+    """Also biases and whole layers that are trained: half-precision weights lose small updates."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -561,7 +581,8 @@ class RecipeTrainer(transformers.Trainer):
             return super()._get_train_sampler(train_dataset)
         lengths = [self.train_dataset.lengths[number] for number in self.train_dataset.kept]
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(rows, lengths=lengths)
+        generator = torch.Generator().manual_seed(self.args.seed)  # the same order on every rank
+        return LengthGroupedSampler(rows, lengths=lengths, generator=generator)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
@@ -571,6 +592,7 @@ class RecipeTrainer(transformers.Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """Fills the last batches with empty conversations, where the default would count some rows twice."""
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        getattr(self, "_eval_dataloaders", {}).clear()  # kept for persistent workers, under one name for all files
         return super().get_eval_dataloader(batches.Filled(dataset, self.args.eval_batch_size * self.args.world_size))
 
     def evaluation_loop(self, dataloader, description, metric_key_prefix="eval", **kwargs):
@@ -614,18 +636,46 @@ class RecipeTrainer(transformers.Trainer):
         mine = self.questions[self.args.process_index :: self.args.world_size]
         longest = max(len(question.reference_ids) for question in self.questions)
         model = self.accelerator.unwrap_model(self.model)
-        answers = evaluate.answer(model, self.processing_class, mine, self.stop_id, max_new_tokens=2 * longest + 16)
+        with self.accelerator.autocast():
+            answers = evaluate.answer(model, self.processing_class, mine, self.stop_id, 2 * longest + 16)
         scores = gather_object([evaluate.scores(*pair, self.metric) for pair in zip(answers, mine, strict=True)])
         return {f"eval_{name}": sum(score[name] for score in scores) / len(scores) for name in scores[0]}
 
+    def remember_best(self):
+        """Take up the best loss of the run that is resumed, so that `best` is replaced by something better only."""
+        path = os.path.join(self.args.output_dir, "best", "metrics.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                self.best_loss = json.load(file)["eval_loss"]
+
     def log(self, logs, *args, **kwargs):
-        loss = logs.get("loss", 0.0)
-        if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise UserError(
-                f"step {self.state.global_step}: the loss is {loss} and the gradient norm {logs.get('grad_norm')}; "
-                "training is stopped, the last checkpoint is untouched. Lower --learning_rate or use --bf16."
-            )
+        norm = None if self.args.fp16 else logs.get("grad_norm")  # in fp16 an overflow skips its step and is normal
+        bad = [value for value in (logs.get("loss"), logs.get("train_loss"), norm) if not math.isfinite(value or 0.0)]
+        if bad:
+            self._stop(f"the loss is {logs.get('loss', logs.get('train_loss'))} and the gradient norm {norm}")
         super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Weights, tokenizer and generation config, for checkpoints, too; files of another kind of training go."""
+        output_dir = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model)
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad and p.is_floating_point()):
+            self._stop("some weights are no longer finite")
+        adapter = hasattr(model, "peft_config")
+        if os.path.exists(os.path.join(output_dir, "training_args.bin")):  # an earlier run's folder
+            stale = ("model*.safetensors*", "config.json") if adapter else ("adapter_*",)
+            for path in (path for pattern in stale for path in glob.glob(os.path.join(output_dir, pattern))):
+                os.remove(path)  # else whoever loads the folder would find both and take one
+        super()._save(output_dir, state_dict)
+        model.generation_config.save_pretrained(output_dir)
+        if adapter and "original_max_position_embeddings" in (model.config.get_text_config().rope_parameters or {}):
+            model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
+
+    def _stop(self, reason):
+        raise UserError(
+            f"step {self.state.global_step}: {reason}; training is stopped, earlier checkpoints are untouched. Lower "
+            "--learning_rate, or use --bf16 in place of --fp16."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -638,8 +688,6 @@ def safe_save_model_for_hf_trainer(trainer, output_dir):
     Every rank must call it: the engines gather weights collectively. Rank 0 writes.
     """
     trainer.save_model(output_dir, _internal_call=True)
-    if trainer.args.should_save:
-        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(output_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -666,6 +714,22 @@ def parse(argv):
             raise UserError("--use_lora False contradicts the LoRA flags; remove one of them.")
         training_args.use_lora = True
         say("LoRA flags are given: training a LoRA adapter (--use_lora).")
+    if os.path.exists(training_args.output_dir) and not os.path.isdir(training_args.output_dir):
+        raise UserError(f"--output_dir {training_args.output_dir}: is a file; expected a folder, or a new name.")
+    if os.path.realpath(training_args.output_dir) == os.path.realpath(model_args.model_name_or_path):
+        raise UserError(f"--output_dir {training_args.output_dir}: is the model to start from; name another folder.")
+    training_args.resume_from_checkpoint = _checkpoint(training_args)
+    for name in sorted(named & NO_EFFECT):
+        say(f"--{name} has no effect in this script.")
+    if lora_args.lora_weight_path and len(lora_flags) > 1:
+        say("--lora_weight_path: the adapter's own rank, alpha, dropout and modules are used.")
+    if lora_args.lora_weight_path and os.path.isdir(lora_args.lora_weight_path):
+        if not os.path.exists(os.path.join(lora_args.lora_weight_path, "adapter_config.json")):
+            raise UserError(f"--lora_weight_path {lora_args.lora_weight_path}: holds no adapter_config.json.")
+    if data_args.metric and not data_args.eval_generate:
+        raise UserError("--metric measures the answers of --eval_generate; give that, too.")
+    if data_args.eval_ratio and data_args.eval_data_path:
+        raise UserError("--eval_ratio and --eval_data_path exclude each other; give one of them.")
     if training_args.train_sampling_strategy == "batch_rebalance":
         raise UserError("--train_sampling_strategy batch_rebalance: expected random, sequential or group_by_length.")
     if training_args.train_sampling_strategy == "group_by_length" and data_args.lazy_preprocess:
@@ -685,6 +749,22 @@ def parse(argv):
         say("there is nothing to evaluate: training without evaluation; see --eval_data_path and --eval_ratio.")
         training_args.eval_strategy, training_args.do_eval = transformers.IntervalStrategy.NO, False
     return arguments
+
+
+def _checkpoint(training_args):
+    """The folder that --resume_from_checkpoint means: a path, or True (the newest in output_dir)."""
+    asked = training_args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() in ("true", "auto"):
+        folder = training_args.output_dir
+        found = transformers.trainer_utils.get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        if not found:
+            raise UserError(f"--resume_from_checkpoint {asked}: {folder} holds no checkpoint to resume from.")
+        return found
+    if not os.path.exists(os.path.join(asked, "trainer_state.json")):
+        raise UserError(f"--resume_from_checkpoint {asked}: no folder of a checkpoint (it lacks trainer_state.json).")
+    return asked
 
 
 def look_at_data(data_args, tokenizer, datasets):
@@ -733,7 +813,9 @@ def train(argv=None):
         processing_class=tokenizer,
         data_collator=Collator(training_args.padding_free),
     )
-    if training_args.padding_free and not checks.documents_are_isolated(model, trainer.data_collator):
+    with trainer.accelerator.autocast():  # as in training
+        isolated = not training_args.padding_free or checks.documents_are_isolated(model, trainer.data_collator)
+    if not isolated:
         say(
             "this model mixes neighbouring conversations of a row: training with padded batches (--padding_free False)."
         )
@@ -741,17 +823,19 @@ def train(argv=None):
     if data_args.eval_generate:
         held_out = (dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept)
         chosen = list(itertools.islice(held_out, data_args.eval_generate))
-        trainer.questions = evaluate.questions(chosen, encoder)
+        trainer.questions = evaluate.questions(chosen, encoder, training_args.model_max_length)
         trainer.metric = evaluate.load_metric(data_args.metric) if data_args.metric else None
         trainer.stop_id = encoder.stop_id
+    if training_args.resume_from_checkpoint:
+        trainer.remember_best()
     say(plan.describe(trainer, compute_dtype, lora_args))
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
     trainer.save_state()
     if eval_dataset is not None:
-        last = trainer.state.log_history[-2:]  # the last evaluation may be of this very step
-        fresh = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
-        metrics.update(fresh[-1] if fresh else trainer.evaluate())
+        now = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+        evaluated = {key: value for entry in now for key, value in entry.items() if key.startswith("eval_")}
+        metrics.update(evaluated if "eval_loss" in evaluated else trainer.evaluate())
         trainer.save_state()
     if trainer.args.should_save:
         curves.draw(trainer.state.log_history, training_args.output_dir)

@@ -17,6 +17,8 @@ def best_dtype(cpu):
     """
     if not cpu:
         return torch.bfloat16 if has_bf16(cpu) else torch.float16
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return torch.float32  # ranks that time it each for itself might disagree
     if has_bf16(cpu) and 1.3 * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32):
         return torch.bfloat16
     return torch.float32

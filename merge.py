@@ -14,6 +14,7 @@ import torch
 
 import cli
 import evaluate
+import generation
 from conversations import UserError
 from hardware import dtype_name
 
@@ -55,10 +56,10 @@ def merge(adapter, output, dtype=torch.bfloat16):
                 f"rounding to {dtype_name(dtype)} changes the logits by {difference:.1e}; --dtype float32 keeps them."
             )
     model.config.use_cache = True
+    generation.mend(model.generation_config)
     model.to(dtype).save_pretrained(output)
     tokenizer.save_pretrained(output)
-    generation = os.path.join(adapter, "generation_config.json")
-    if os.path.exists(generation):
+    if os.path.exists(os.path.join(adapter, "generation_config.json")):
         from transformers import GenerationConfig
 
         GenerationConfig.from_pretrained(adapter).save_pretrained(output)
@@ -76,7 +77,7 @@ def _all_weights_placed(model, adapter):
 
 
 def _distance(expected, found):
-    return max(((a - b).norm() / a.norm()).item() for a, b in zip(expected, found, strict=True))
+    return torch.stack([(a - b).norm() / a.norm() for a, b in zip(expected, found, strict=True)]).max().item()
 
 
 @torch.no_grad()

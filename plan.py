@@ -33,10 +33,10 @@ def describe(trainer, compute_dtype, lora_args):
 
 def _model(model, compute_dtype):
     config = model.config.get_text_config()
-    computed = dtype_name(compute_dtype)
+    computed, window = dtype_name(compute_dtype), getattr(config, "max_position_embeddings", "unknown")
     return (
-        f"{config._name_or_path}, {config.model_type}, {config.num_hidden_layers} layers, "
-        f"window {config.max_position_embeddings}, attention {config._attn_implementation}, computed in {computed}"
+        f"{model.config._name_or_path}, {config.model_type}, {config.num_hidden_layers} layers, "
+        f"window {window}, attention {config._attn_implementation}, computed in {computed}"
     )
 
 
@@ -45,7 +45,8 @@ def _trained(model, args, lora_args):
     kind = "all weights, float32 masters"
     if args.use_lora:
         config = model.peft_config["default"]
-        adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in config.target_modules}))
+        names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+        adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
         kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {adapted}"
         kind += ", base in 4 bits (NF4)" * lora_args.q_lora
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
@@ -109,8 +110,10 @@ def activation_bytes(config, dtype, lora, dropout):
     precision; in half precision also the float32 copies made by the norms and by the adapters; with dropout a mask and
     a copy of every adapter's input.
     """
-    wide, hidden, size = config.intermediate_size, config.hidden_size, dtype.itemsize
-    heads = config.num_key_value_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    hidden, size = config.hidden_size, dtype.itemsize
+    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = groups * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     kept = size * (4 * wide + 10 * hidden + 2 * heads)
     if size == 2:
         kept += 2 * wide + 18 * hidden if lora else 4 * hidden
@@ -151,6 +154,8 @@ def _disk(trainer):
     args = trainer.args
     trainable, _ = parameters(trainer.model)
     size, free = trainable * (4 + 8), free_disk(args.output_dir)  # float32 weights and AdamW's two averages
+    if args.save_strategy == "no":
+        size = trainable * 4  # the trained weights at the end
     if size > free:
         raise UserError(
             f"--output_dir {args.output_dir}: a checkpoint takes about {size / GB:.1f} GB and {free / GB:.1f} GB are "

@@ -3,6 +3,7 @@
 import json
 import sys
 
+from conversations import UserError
 from tokens import IGNORE_INDEX
 
 COLOUR, END = "\033[30;42m", "\033[0m"
@@ -33,7 +34,11 @@ def _marked(document, tokenizer, before, after):
 
 def dump(dataset, path):
     """Write one JSON object for each document: `input_ids`, `labels`, `source` (file and record) and `turns`."""
-    with open(path, "w", encoding="utf-8") as file:
+    try:
+        file = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--dump_tokens {path}: cannot be written ({error.strerror}).") from None
+    with file:
         for index in range(len(dataset)):
             source = dataset.conversations.where(dataset.kept[index])
             for document in dataset[index]:

@@ -7,9 +7,9 @@ python=${PYTHON:-python3}
 mark=.venv/installed-$(basename "$requirements")
 sum=$(cat requirements.txt "$requirements" | cksum)
 if [[ -f $mark && $(<"$mark") == "$sum" ]]; then exit 0; fi
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
   found=$(command -v "$python" >/dev/null && "$python" --version 2>&1 || true)
-  echo "error: found ${found:-no Python}, expected Python 3.10 or later; install it or name it: make PYTHON=python3.11" >&2
+  echo "error: found ${found:-no Python}, expected Python 3.11 or later; install it or name it: make PYTHON=python3.11" >&2
   exit 2
 fi
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then

@@ -109,7 +109,8 @@ class ChatEncoder:
 
     def fingerprint(self):
         """Text that changes when the same conversation would be encoded otherwise; for caches of tokens."""
-        return "|".join([self.backend.to_str(), str(self.tokenizer.chat_template), self.train_on, self.thinking])
+        used = [self.backend.to_str(), self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
+        return "|".join(map(str, [*used, self.train_on, self.thinking]))
 
     def _render(self, messages, tools=None, prompt=False, thinking=None):
         """The template's text; `thinking` is its variable enable_thinking (None: not given)."""

@@ -93,7 +93,8 @@ NEEDS = {  # other flags without which transformers refuses a value
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
     "load_best_model_at_end": {"save_strategy": "epoch"},
 }
-LEFT_OUT = {"bf16", "fp16", "deepspeed", "use_cpu"}  # the hardware decides: below, in tests of their own
+# The hardware decides, or a folder that has to be there: in tests of their own.
+LEFT_OUT = {"bf16", "fp16", "deepspeed", "use_cpu", "resume_from_checkpoint"}
 LEFT_OUT |= {"label_names"}  # fixed by our batches
 LEFT_OUT |= {"ddp_backend"}  # needs several processes
 HELD_AS = {"fsdp": True, "debug": [DebugOption.UNDERFLOW_OVERFLOW]}

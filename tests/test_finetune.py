@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -425,3 +426,60 @@ def test_many_overlong_rows_come_with_the_length_that_would_keep_nearly_all(tiny
     data = write(tmp_path / "rows.jsonl", [*ROWS, *[{"prompt": "long " * 50, "completion": "x"}] * 3])
     finetune.train(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 60))
     assert re.search(r"--model_max_length \d{2,3} would keep 99 %", capsys.readouterr().out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in the output folder already
+
+
+def test_another_kind_of_training_in_the_same_folder_leaves_no_weights_of_the_first(tiny_model, rows, tmp_path):
+    out = tmp_path / "out"
+    finetune.train(argv(tiny_model, rows, out, "--use_lora"))
+    finetune.train(argv(tiny_model, rows, out))
+    assert (out / "model.safetensors").exists() and not list(out.glob("adapter_*"))
+    finetune.train(argv(tiny_model, rows, out, "--use_lora"))
+    assert (out / "adapter_model.safetensors").exists() and not list(out.glob("model*")) + list(out.glob("config.json"))
+
+
+def test_the_folder_of_the_model_is_refused_as_output(tiny_copy, rows, tmp_path):
+    with pytest.raises(UserError, match="is the model to start from"):
+        finetune.train(argv(tiny_copy, rows, tiny_copy))
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        finetune.train(argv(tiny_copy, rows, rows))
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does_and_keeps_the_best(tiny_model, rows, tmp_path):
+    options = ["--use_lora", "--eval_data_path", rows, "--save_strategy", "epoch", "--lora_dropout", 0.1]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for out in (whole, broken):
+        finetune.train(argv(tiny_model, rows, out, *options))
+    shutil.rmtree(broken / "checkpoint-6")
+    (broken / "best" / "metrics.json").write_text(json.dumps({"eval_loss": 0.0, "step": 1}))
+    finetune.train(argv(tiny_model, rows, broken, *options, "--resume_from_checkpoint", "True"))
+    assert history(broken, "loss") == pytest.approx(history(whole, "loss"), rel=1e-5)
+    assert json.loads((broken / "best" / "metrics.json").read_text())["eval_loss"] == 0.0
+    for nothing in ("True", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="--resume_from_checkpoint"):
+            finetune.train(argv(tiny_model, rows, tmp_path / "new", "--resume_from_checkpoint", nothing))
+
+
+def test_checkpoints_are_complete_folders_too(tiny_model, rows, tmp_path):
+    finetune.train(argv(tiny_model, rows, tmp_path / "out", "--use_lora", "--save_strategy", "epoch"))
+    for name in ("adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / "checkpoint-6" / name).exists()
+
+
+def test_layers_that_are_trained_beside_the_adapter_are_float32(tiny_model, rows, tmp_path):
+    options = ["--modules_to_save", "lm_head", "--lora_bias", "all", "--bf16", "True"]
+    finetune.train([*argv(tiny_model, rows, tmp_path / "out"), *options])
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_an_adapter_trained_with_rope_scaling_is_loaded_with_it(tiny_model, rows, tmp_path):
+    import evaluate
+
+    more = ["--use_lora", "--model_max_length", 4096, "--rope_scaling", "yarn"]
+    finetune.train(argv(tiny_model, rows, tmp_path / "out", *more))
+    model, _ = evaluate.load(str(tmp_path / "out"))
+    assert model.config.rope_parameters["rope_type"] == "yarn" and model.config.max_position_embeddings == 4096

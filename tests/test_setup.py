@@ -29,13 +29,13 @@ def test_a_wrong_python_is_one_sentence(clone):
     old.write_text("#!/bin/sh\necho Python 2.7.18\nexit 1\n")
     old.chmod(0o755)
     done = make(clone, PYTHON=str(old))
-    assert done.returncode == 2 and done.stderr.startswith("error: found Python 2.7.18, expected Python 3.10 or later")
+    assert done.returncode == 2 and done.stderr.startswith("error: found Python 2.7.18, expected Python 3.11 or later")
     assert not (clone / ".venv").exists()
 
 
 def test_no_python_is_one_sentence(clone):
     done = make(clone, PYTHON="no-such-python")
-    assert done.returncode == 2 and "error: found no Python, expected Python 3.10 or later" in done.stderr
+    assert done.returncode == 2 and "error: found no Python, expected Python 3.11 or later" in done.stderr
 
 
 @pytest.mark.slow
