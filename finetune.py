@@ -559,6 +559,8 @@ class RecipeTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = True  # makes the Trainer count those tokens, over all ranks
         # The Trainer has switched the cache off in the config that gets saved; `supervised_loss` does so in each call.
         self.model.config.use_cache = use_cache
+        # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
+        self._bos = self.model.config.bos_token_id, self.model.generation_config.bos_token_id
         self.best_loss = math.inf
         self._eval_sums = self._file_sums = None
         self.questions, self.metric, self.stop_id = [], None, None  # set for --eval_generate
@@ -661,6 +663,7 @@ class RecipeTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad and p.is_floating_point()):
             self._stop("some weights are no longer finite")
+        model.config.bos_token_id, model.generation_config.bos_token_id = self._bos
         adapter = hasattr(model, "peft_config")
         if os.path.exists(os.path.join(output_dir, "training_args.bin")):  # an earlier run's folder
             stale = ("model*.safetensors*", "config.json") if adapter else ("adapter_*",)
