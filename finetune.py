@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 import cli
@@ -37,6 +37,8 @@ import evaluate
 import generation
 import plan
 import preview
+import rope
+import settings
 import token_cache
 import tokens
 from batches import Collator, supervised_loss
@@ -230,21 +232,6 @@ class LoraArguments:
 
 
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-RANGES = {  # (lowest value, the value to stay below): flags
-    (
-        1,
-        math.inf,
-    ): "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps model_max_length "
-    "lora_r lora_alpha",
-    (0, math.inf): "num_train_epochs learning_rate weight_decay max_grad_norm preview eval_generate",
-    (0, 1): "adam_beta1 adam_beta2 eval_ratio lora_dropout",
-}
-
-# Inherited flags that only other scripts or other kinds of evaluation read.
-NO_EFFECT = set(
-    "do_predict include_for_metrics batch_eval_metrics eval_do_concat_batches label_names use_cache length_column_name "
-    "prediction_loss_only remove_unused_columns".split()
-)
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     cli.parse(["--help"], ARGUMENTS)  # prints and exits here, before the Trainer and all that it imports
@@ -434,31 +421,8 @@ def load_config(model_args, training_args):
     window = getattr(config.get_text_config(), "max_position_embeddings", 8192)
     if training_args.model_max_length is None:
         training_args.model_max_length = min(8192, window)
-    _scale_rope(config.get_text_config(), model_args.rope_scaling, training_args.model_max_length)
+    rope.scale(config.get_text_config(), model_args.rope_scaling, training_args.model_max_length)
     return config
-
-
-def _scale_rope(config, kind, length):
-    window = getattr(config, "max_position_embeddings", length)
-    if kind not in (None, "yarn", "linear", "dynamic"):
-        raise UserError(f"--rope_scaling {kind!r}: expected yarn, linear or dynamic.")
-    if length <= window:
-        return
-    if kind is None:
-        raise UserError(
-            f"--model_max_length {length} exceeds the model's window of {window} positions; lower it or set "
-            "--rope_scaling yarn."
-        )
-    factor = math.ceil(length / window * 100) / 100
-    config.rope_parameters = {
-        **config.rope_parameters,
-        "rope_type": kind,
-        "factor": factor,
-        "original_max_position_embeddings": window,
-    }
-    if kind != "dynamic":  # dynamic scaling starts beyond the window, which has to stay what it was
-        config.max_position_embeddings = length
-    say(f"rope scaling: {kind}, factor {factor}, window {window} -> {length}")
 
 
 def load_model(config, model_args, training_args, lora_args, compute_dtype):
@@ -701,89 +665,9 @@ def parse(argv):
     named = cli.given(argv)
     if named & {"eval_data_path", "eval_ratio"} and not named & {"eval_strategy", "evaluation_strategy"}:
         argv = [*argv, "--eval_strategy=epoch"]
-    arguments = model_args, data_args, training_args, lora_args = cli.parse(argv, ARGUMENTS, notice=say)
-    for name, value in (("model_name_or_path", model_args.model_name_or_path), ("data_path", data_args.data_path)):
-        if not value:
-            raise UserError(f"--{name} is required; see --help.")
-    values = {name: value for part in arguments for name, value in vars(part).items()}
-    for (lowest, limit), names in RANGES.items():
-        for name in names.split():
-            if values[name] is not None and not lowest <= values[name] < limit:
-                below = f" and below {limit}" if limit < math.inf else ""
-                raise UserError(f"--{name} {values[name]}: expected a number of at least {lowest}{below}.")
-    lora_flags = [part.name for part in fields(lora_args) if part.name in named and values[part.name] is not False]
-    if lora_flags and not training_args.use_lora:
-        if "use_lora" in named:
-            raise UserError("--use_lora False contradicts the LoRA flags; remove one of them.")
-        training_args.use_lora = True
-        say("LoRA flags are given: training a LoRA adapter (--use_lora).")
-    if os.path.exists(training_args.output_dir) and not os.path.isdir(training_args.output_dir):
-        raise UserError(f"--output_dir {training_args.output_dir}: is a file; expected a folder, or a new name.")
-    if os.path.realpath(training_args.output_dir) == os.path.realpath(model_args.model_name_or_path):
-        raise UserError(f"--output_dir {training_args.output_dir}: is the model to start from; name another folder.")
-    training_args.resume_from_checkpoint = _checkpoint(training_args)
-    for name in sorted(named & NO_EFFECT):
-        say(f"--{name} has no effect in this script.")
-    if lora_args.lora_weight_path and len(lora_flags) > 1:
-        say("--lora_weight_path: the adapter's own rank, alpha, dropout and modules are used.")
-    if lora_args.lora_weight_path and os.path.isdir(lora_args.lora_weight_path):
-        if not os.path.exists(os.path.join(lora_args.lora_weight_path, "adapter_config.json")):
-            raise UserError(f"--lora_weight_path {lora_args.lora_weight_path}: holds no adapter_config.json.")
-    if data_args.metric and not data_args.eval_generate:
-        raise UserError("--metric measures the answers of --eval_generate; give that, too.")
-    if data_args.eval_ratio and data_args.eval_data_path:
-        raise UserError("--eval_ratio and --eval_data_path exclude each other; give one of them.")
-    if training_args.train_sampling_strategy == "batch_rebalance":
-        raise UserError("--train_sampling_strategy batch_rebalance: expected random, sequential or group_by_length.")
-    if training_args.train_sampling_strategy == "group_by_length" and data_args.lazy_preprocess:
-        raise UserError("--train_sampling_strategy group_by_length needs all lengths; leave out --lazy_preprocess.")
-    if data_args.validate_only or data_args.dump_tokens:
-        data_args.lazy_preprocess = False  # all rows are looked at
-    if data_args.metric:
-        evaluate.load_metric(data_args.metric)
-    if data_args.eval_generate and not (data_args.eval_data_path or data_args.eval_ratio):
-        raise UserError("--eval_generate needs held-out conversations; add --eval_data_path or --eval_ratio.")
-    to_evaluate = bool(data_args.eval_data_path or data_args.eval_ratio)
-    if not to_evaluate and training_args.eval_strategy != "no":
-        if "eval_strategy" in named:
-            raise UserError(
-                "--eval_strategy is set but there is nothing to evaluate; add --eval_data_path or --eval_ratio."
-            )
-        say("there is nothing to evaluate: training without evaluation; see --eval_data_path and --eval_ratio.")
-        training_args.eval_strategy, training_args.do_eval = transformers.IntervalStrategy.NO, False
+    arguments = cli.parse(argv, ARGUMENTS, notice=say)
+    settings.settle(*arguments, named)
     return arguments
-
-
-def _checkpoint(training_args):
-    """The folder that --resume_from_checkpoint means: a path, or True (the newest in output_dir)."""
-    asked = training_args.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
-        return None
-    if str(asked).lower() in ("true", "auto"):
-        folder = training_args.output_dir
-        found = transformers.trainer_utils.get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        if not found:
-            raise UserError(f"--resume_from_checkpoint {asked}: {folder} holds no checkpoint to resume from.")
-        return found
-    if not os.path.exists(os.path.join(asked, "trainer_state.json")):
-        raise UserError(f"--resume_from_checkpoint {asked}: no folder of a checkpoint (it lacks trainer_state.json).")
-    return asked
-
-
-def look_at_data(data_args, tokenizer, datasets):
-    """--preview, --dump_tokens and --validate_only: what would be trained, without a model."""
-    if cli.rank():
-        return {}
-    if data_args.dump_tokens:
-        preview.dump(datasets["training"], data_args.dump_tokens)
-        say(f"{data_args.dump_tokens}: {len(datasets['training']):,} conversations in tokens")
-    if data_args.preview:
-        preview.show(datasets["training"], tokenizer, data_args.preview)
-    if data_args.validate_only:
-        for name, dataset in datasets.items():
-            say(f"{name} rows: {plan.rows(dataset)}")
-        say("verdict: the data can be trained; every label was read back and compared with its turn.")
-    return {}
 
 
 def train(argv=None):
@@ -799,7 +683,8 @@ def train(argv=None):
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
 
     if data_args.preview or data_args.validate_only or data_args.dump_tokens:
-        return look_at_data(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})
+        preview.look(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})
+        return {}
 
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)

@@ -3,10 +3,28 @@
 import json
 import sys
 
+import cli
+import plan
+from cli import say
 from conversations import UserError
 from tokens import IGNORE_INDEX
 
 COLOUR, END = "\033[30;42m", "\033[0m"
+
+
+def look(data_args, tokenizer, datasets):
+    """--dump_tokens, --preview and --validate_only: what would be trained, without a model."""
+    if cli.rank():
+        return
+    if data_args.dump_tokens:
+        dump(datasets["training"], data_args.dump_tokens)
+        say(f"{data_args.dump_tokens}: {len(datasets['training']):,} conversations in tokens")
+    if data_args.preview:
+        show(datasets["training"], tokenizer, data_args.preview)
+    if data_args.validate_only:
+        for name, dataset in datasets.items():
+            say(f"{name} rows: {plan.rows(dataset)}")
+        say("verdict: the data can be trained; every label was read back and compared with its turn.")
 
 
 def show(dataset, tokenizer, count, stream=None):
