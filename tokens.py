@@ -138,9 +138,7 @@ class ChatEncoder:
         """
         drafts = [self._draft(conversation) for conversation in conversations]
         documents = [document for draft in drafts for document in draft.documents]
-        self.backend.no_truncation()  # a saved tokenizer may come with these, an earlier call may have left them
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = False
+        self._without_leftovers()
         pieces = [piece for document in documents for piece in document.pieces]
         encodings = iter(self.backend.encode_batch(pieces, add_special_tokens=False))
         for document in documents:
@@ -148,6 +146,16 @@ class ChatEncoder:
         encoded = [Encoded(self._finish(draft), draft.notes) for draft in drafts]
         self._verify(drafts)
         return encoded
+
+    def _without_leftovers(self):
+        """A saved tokenizer may come with these settings, an earlier call may have left them."""
+        # Only where needed: a change waits for no other thread that is tokenising, but fails.
+        if self.backend.truncation:
+            self.backend.no_truncation()
+        if self.backend.padding:
+            self.backend.no_padding()
+        if self.backend.encode_special_tokens:
+            self.backend.encode_special_tokens = False
 
     def _draft(self, conversation):
         """Render a conversation: whole if every prompt is the beginning of it, else once for each supervised turn."""

@@ -276,6 +276,15 @@ def test_eager_and_lazy_datasets_hold_the_same_rows(qwen, tmp_path, overlong):
     )
 
 
+def test_rows_keep_their_order_however_many_parts_are_tokenised_at_once(qwen, tmp_path, monkeypatch):
+    rows = [{"prompt": f"number {n}", "completion": f"{n} " * (n % 7 + 1)} for n in range(100)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    whole, _ = datasets_of(qwen, path)
+    monkeypatch.setattr(finetune.SupervisedDataset, "batch", 3)
+    parts, _ = datasets_of(qwen, path, max_length=511)  # another length: not the rows of the cache
+    assert [whole[i] for i in range(100)] == [parts[i] for i in range(100)]
+
+
 def test_truncation_ends_after_a_whole_turn_with_its_stop_token(qwen, tmp_path):
     turn = [{"from": "human", "value": "again " * 20}, {"from": "gpt", "value": "and again"}]
     path = write(tmp_path / "rows.jsonl", [{"conversations": turn * 5}])
