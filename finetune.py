@@ -15,7 +15,6 @@ import math
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -282,14 +281,9 @@ class SupervisedDataset(Dataset):
         from tqdm import tqdm
 
         total = len(self.conversations)
-        parts = (range(start, min(start + self.batch, total)) for start in range(0, total, self.batch))
-        hidden = total < self.batch or cli.rank() > 0
-        with tqdm(total=total, desc="tokenising", unit=" rows", disable=hidden) as bar, ThreadPoolExecutor(2) as pool:
-            # While one thread is in the tokenizer, which needs no Python, the other renders the next part.
-            running = collections.deque(pool.submit(self.encode, part) for part in itertools.islice(parts, 2))
-            while running:
-                rows = running.popleft().result()
-                running.extend(pool.submit(self.encode, part) for part in itertools.islice(parts, 1))
+        with tqdm(total=total, desc="tokenising", unit=" rows", disable=total < self.batch or cli.rank() > 0) as bar:
+            for start in range(0, total, self.batch):
+                rows = self.encode(range(start, min(start + self.batch, total)))
                 yield from rows
                 bar.update(len(rows))
 

@@ -95,7 +95,7 @@ def test_truncation_padding_and_split_tokens_that_a_tokenizer_was_left_with_chan
     encoder = ChatEncoder(qwen)
     expected = encoder.encode({"messages": THREE})
     qwen.backend_tokenizer.enable_truncation(4)
-    qwen.backend_tokenizer.enable_padding(length=64)
+    qwen.backend_tokenizer.enable_padding(direction="left", length=64)
     qwen.backend_tokenizer.encode_special_tokens = True
     assert encoder.encode({"messages": THREE}) == expected
 
@@ -174,3 +174,20 @@ def test_supervised_runs_are_the_unbroken_stretches_of_labels():
     assert supervised_runs([]) == supervised_runs([IGNORE_INDEX]) == []
     assert supervised_runs([5, 6]) == [(0, 2)]
     assert supervised_runs([IGNORE_INDEX, 0, IGNORE_INDEX, 7, 8]) == [(1, 2), (3, 5)]
+
+
+def test_a_template_that_ends_tool_calls_otherwise_never_teaches_what_the_tool_said(qwen):
+    tokenizer = copy.copy(qwen)
+    before, last, after = qwen.chat_template.partition(
+        "</tool_call>' }}\n        {%- endfor %}\n        {{- '<|im_end|>"
+    )
+    tokenizer.chat_template = before + last.replace("<|im_end|>", "<|endoftext|>") + after
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        TWO[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "42"}, TWO[1],
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="turn 2: the chat template does not end this turn with <.im_end.>"):
+        ChatEncoder(tokenizer).encode({"messages": messages})
+    messages[1] = {**messages[1], "train": False}
+    (document,) = ChatEncoder(tokenizer).encode({"messages": messages}).documents
+    assert learnt(qwen, document) == "Hello there 😀<|im_end|>"
