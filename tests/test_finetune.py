@@ -492,3 +492,64 @@ def test_an_adapter_trained_with_rope_scaling_is_loaded_with_it(tiny_model, rows
     finetune.train(argv(tiny_model, rows, tmp_path / "out", *more))
     model, _ = evaluate.load(str(tmp_path / "out"))
     assert model.config.rope_parameters["rope_type"] == "yarn" and model.config.max_position_embeddings == 4096
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_a_share_of_the_rows_is_held_out_for_evaluation(tiny_model, rows, tmp_path, capsys):
+    finetune.train(argv(tiny_model, rows, tmp_path / "out", "--use_lora", "--eval_ratio", 0.25))
+    said = capsys.readouterr().out
+    assert "6 rows / (4 a device" in said and "evaluation rows (held_out): 2 read" in said
+    assert len(history(tmp_path / "out", "eval_loss")) == 3
+
+
+def test_evaluation_files_of_the_same_name_are_told_apart(tiny_model, rows, tmp_path):
+    files = []
+    for language in ("en", "de"):
+        (tmp_path / language).mkdir()
+        files.append(write(tmp_path / language / "val.jsonl", ROWS[: 3 + len(files)]))
+    finetune.train(argv(tiny_model, rows, tmp_path / "out", "--use_lora", "--eval_data_path", *files))
+    logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    names = {key for entry in logged for key in entry if re.fullmatch(r"eval_.+_loss", key)}
+    assert len(names) == 2 and any("_en_" in name for name in names) and any("_de_" in name for name in names)
+
+
+def test_a_metric_that_fails_on_an_answer_does_not_end_the_run(tiny_model, rows, tmp_path, capsys):
+    import evaluate
+
+    metric = tmp_path / "metric.py"
+    metric.write_text("def odd(answer, reference, messages):\n    return 1 / 0\ndef loss(*_):\n    return 0\n")
+    more = ["--use_lora", "--eval_data_path", rows, "--eval_generate", 2, "--metric", f"{metric}:odd"]
+    finetune.train(argv(tiny_model, rows, tmp_path / "out", *more))
+    assert "--metric odd: ZeroDivisionError" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    with pytest.raises(UserError, match="'loss' is the name of a figure that is there"):
+        evaluate.load_metric(f"{metric}:loss")
+
+
+def test_an_overflow_of_fp16_is_no_reason_to_stop_and_a_loss_that_is_not_finite_is(tiny_model, rows, tmp_path):
+    trainer = finetune.RecipeTrainer(
+        model=finetune.transformers.AutoModelForCausalLM.from_pretrained(tiny_model),
+        args=finetune.parse(argv(tiny_model, rows, tmp_path / "out"))[2],
+    )
+    with pytest.raises(UserError, match="gradient norm inf"):
+        trainer.log({"loss": 1.0, "grad_norm": float("inf")})
+    trainer.args.fp16 = True
+    trainer.log({"loss": 1.0, "grad_norm": float("inf")})
+    with pytest.raises(UserError, match="the loss is nan"):
+        trainer.log({"train_loss": float("nan")})
+
+
+@pytest.mark.parametrize("name, expected", [("Mistral", False), ("Llama", True), ("Qwen2", True), ("Qwen3", True)])
+def test_packed_attention_is_for_models_without_a_sliding_window(name, expected):
+    config = getattr(finetune.transformers, f"{name}Config")()
+    assert finetune.attention.can_pack(config) is expected
+
+
+def test_records_can_be_sent_to_a_process_that_was_not_forked(rows):
+    import pickle
+
+    again = pickle.loads(pickle.dumps(Conversations([str(rows)])))
+    assert [again[i] for i in range(8)] == [Conversations([str(rows)])[i] for i in range(8)]
