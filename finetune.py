@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
@@ -33,11 +34,14 @@ import batches
 import checks
 import conversations
 import curves
+import engines
 import evaluate
 import generation
 import plan
 import preview
+import resume
 import rope
+import saving
 import settings
 import token_cache
 import tokens
@@ -175,9 +179,6 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.tf32:
                 say("--tf32 is for GPUs and is left out on this CPU.")
                 self.tf32 = None
-            if self.deepspeed:
-                say("no GPU: DeepSpeed is left out and one process trains on the CPU.")
-                self.deepspeed = None
         best = best_dtype(self.use_cpu)
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
@@ -187,6 +188,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         self.label_names = ["labels"]
+        engines.prepare(self)
         super().__post_init__()
         if self.n_gpu > 1:
             say(f"one of {self.n_gpu} GPUs is used; for all: torchrun --nproc_per_node {self.n_gpu} finetune.py ...")
@@ -445,8 +447,10 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
+            # Engines that shard can do so with numbers of the precision that they compute in, and with no bytes.
+            bnb_4bit_quant_storage=compute_dtype if engines.shards(training_args) else torch.uint8,
         )
-    if lora_args.q_lora or not training_args.use_cpu:
+    if not engines.shards(training_args) and (lora_args.q_lora or training_args.device.type != "cpu"):
         options["device_map"] = {"": training_args.device}
     model, report = _pretrained(
         transformers.AutoModelForCausalLM, model_args, training_args, output_loading_info=True, **options
@@ -462,6 +466,7 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     generation.mend(model.generation_config)
+    engines.mark_experts(model, training_args)
     return model
 
 
@@ -528,7 +533,8 @@ class RecipeTrainer(transformers.Trainer):
         self.best_loss = math.inf
         self._eval_sums = self._file_sums = None
         self.questions, self.metric, self.stop_id = [], None, None  # set for --eval_generate
-        self.add_callback(checks.FirstStepCheck())
+        self.record = {}  # what checkpoints remember of the run, see resume.py
+        self.add_callback(checks.SelfChecks(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Summed cross entropy of the supervised tokens / their number in the optimizer step (None: in the batch)."""
@@ -599,7 +605,9 @@ class RecipeTrainer(transformers.Trainer):
         """Greedy answers to the held-out prompts, shared out among the ranks; `eval_exact_match` and so on."""
         from accelerate.utils import gather_object
 
-        mine = self.questions[self.args.process_index :: self.args.world_size]
+        # Where every forward gathers weights from all ranks, all ranks must generate equally long: each answers all.
+        together = engines.shards(self.args)
+        mine = self.questions[0 if together else self.args.process_index :: 1 if together else self.args.world_size]
         longest = max(len(question.reference_ids) for question in self.questions)
         model = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
@@ -621,22 +629,55 @@ class RecipeTrainer(transformers.Trainer):
             self._stop(f"the loss is {logs.get('loss', logs.get('train_loss'))} and the gradient norm {norm}")
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir=None, state_dict=None):
-        """Weights, tokenizer and generation config, for checkpoints, too; files of another kind of training go."""
+    def save_model(self, output_dir=None, _internal_call=False, rows=None):
+        """Every rank gathers, rank 0 writes and reads back, and every rank learns of what went wrong."""
         output_dir = output_dir or self.args.output_dir
+        if engines.zero3(self.args):
+            self.model_wrapped.empty_partition_cache()  # generation may have left weights on their way
+        weights = saving.gathered(self.accelerator.unwrap_model(self.model), self.args.should_save, rows)
+        problem = None
+        if self.args.should_save:
+            try:
+                self._save(output_dir, weights)
+                # The first step may have a learning rate of 0, and in fp16 the first ones may be skipped.
+                moved = self.state.global_step > (20 if self.args.fp16 else 1) and self.args.learning_rate > 0
+                saving.verify_saved(output_dir, weights, moved)
+            except Exception as error:
+                problem = f"{output_dir}: cannot be saved: {' '.join(str(error).split())}"
+        engines.agree(problem)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
+
+    def rehearse(self):
+        """Write and check a small copy through the path of all saves, so that no run fails at its last line."""
+        folder = os.path.join(self.args.output_dir, ".rehearsal")
+        self.save_model(folder, _internal_call=True, rows=1)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(folder)
+
+    def _save(self, output_dir, weights):
+        """Weights, tokenizer and generation config, for checkpoints, too; files of another kind of training go."""
         model = self.accelerator.unwrap_model(self.model)
-        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad and p.is_floating_point()):
-            self._stop("some weights are no longer finite")
         model.config.bos_token_id, model.generation_config.bos_token_id = self._bos
         adapter = hasattr(model, "peft_config")
         if os.path.exists(os.path.join(output_dir, "training_args.bin")):  # an earlier run's folder
-            stale = ("model*.safetensors*", "config.json") if adapter else ("adapter_*",)
+            stale = ("model*.safetensors*", *["config.json"] * adapter, *["adapter_*"] * (not adapter))
             for path in (path for pattern in stale for path in glob.glob(os.path.join(output_dir, pattern))):
                 os.remove(path)  # else whoever loads the folder would find both and take one
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, weights)
         model.generation_config.save_pretrained(output_dir)
         if adapter and "original_max_position_embeddings" in (model.config.get_text_config().rope_parameters or {}):
             model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
+
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint, marked as complete when every rank has written its part."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            with open(os.path.join(folder, saving.COMPLETE), "w", encoding="utf-8") as file:
+                json.dump(self.record, file)
 
     def _stop(self, reason):
         raise UserError(
@@ -681,6 +722,9 @@ def train(argv=None):
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
+    record = resume.record(model_args, data_args, training_args, lora_args, train_dataset)
+    if training_args.resume_from_checkpoint:
+        resume.compare(training_args.resume_from_checkpoint, record, training_args.ignore_data_skip)
 
     if data_args.preview or data_args.validate_only or data_args.dump_tokens:
         preview.look(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})
@@ -689,8 +733,7 @@ def train(argv=None):
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
     generation.stop_at(model, tokenizer, encoder)
-    if training_args.gradient_checkpointing:
-        model.enable_input_require_grads()  # frozen embeddings would cut the graph before the first checkpoint
+    engines.settle_checkpointing(model, training_args)
     if training_args.use_lora:
         model = add_adapter(model, training_args, lora_args)
     trainer = RecipeTrainer(
@@ -701,13 +744,7 @@ def train(argv=None):
         processing_class=tokenizer,
         data_collator=Collator(training_args.padding_free),
     )
-    with trainer.accelerator.autocast():  # as in training
-        isolated = not training_args.padding_free or checks.documents_are_isolated(model, trainer.data_collator)
-    if not isolated:
-        say(
-            "this model mixes neighbouring conversations of a row: training with padded batches (--padding_free False)."
-        )
-        trainer.data_collator = Collator(padding_free=False)
+    trainer.record = record
     if data_args.eval_generate:
         held_out = (dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept)
         chosen = list(itertools.islice(held_out, data_args.eval_generate))

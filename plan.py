@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-import torch
 
+import engines
 from conversations import UserError
 from hardware import dtype_name, free_disk, free_memory
 
@@ -53,8 +53,8 @@ def _trained(model, args, lora_args):
 
 
 def parameters(model):
-    """(trainable, all) parameters of a model; 4-bit weights count as what they hold."""
-    counts = [(p.requires_grad, p.numel() * 2 if p.dtype == torch.uint8 else p.numel()) for p in model.parameters()]
+    """(trainable, all) parameters of a model, wherever their parts are; 4-bit weights count as what they hold."""
+    counts = [(p.requires_grad, engines.numel(p)) for p in model.parameters()]
     return sum(n for grad, n in counts if grad), sum(n for _, n in counts)
 
 

@@ -7,6 +7,8 @@ import math
 import os
 from dataclasses import fields
 
+import engines
+import resume
 from cli import say
 from conversations import UserError
 from evaluate import load_metric
@@ -38,6 +40,7 @@ def settle(model_args, data_args, training_args, lora_args, named):
     for name in sorted(named & NO_EFFECT):
         say(f"--{name} has no effect in this script.")
     _lora(training_args, lora_args, named)
+    engines.check(training_args, lora_args)
     _folders(model_args, training_args)
     _sampling(data_args, training_args)
     _evaluation(data_args, training_args, named)
@@ -71,23 +74,7 @@ def _folders(model_args, training_args):
         raise UserError(f"--output_dir {folder}: is a file; expected a folder, or a new name.")
     if os.path.realpath(folder) == os.path.realpath(model_args.model_name_or_path):
         raise UserError(f"--output_dir {folder}: is the model to start from; name another folder.")
-    training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint, folder)
-
-
-def _checkpoint(asked, output_dir):
-    """The folder that --resume_from_checkpoint means: a path, or True (the newest in output_dir)."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if asked is None or str(asked).lower() == "false":
-        return None
-    if str(asked).lower() in ("true", "auto"):
-        found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        if not found:
-            raise UserError(f"--resume_from_checkpoint {asked}: {output_dir} holds no checkpoint to resume from.")
-        return found
-    if not os.path.exists(os.path.join(asked, "trainer_state.json")):
-        raise UserError(f"--resume_from_checkpoint {asked}: no folder of a checkpoint (it lacks trainer_state.json).")
-    return asked
+    training_args.resume_from_checkpoint = resume.find(training_args.resume_from_checkpoint, folder)
 
 
 def _sampling(data_args, training_args):
