@@ -89,6 +89,20 @@ def truncated(documents, max_length):
     return result
 
 
+class Order(torch.utils.data.Sampler):
+    """The rows of an epoch in the order that `order()` gives when the epoch starts, then those that fill it up."""
+
+    def __init__(self, order, rows, filled):
+        self.order, self.rows, self.filled = order, rows, filled
+
+    def __len__(self):
+        return self.filled
+
+    def __iter__(self):
+        yield from self.order()
+        yield from range(self.rows, self.filled)
+
+
 class Filled(torch.utils.data.Dataset):
     """A dataset followed by empty conversations up to a multiple of `batch`."""
 

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import time
 import typing
 import warnings
 
@@ -271,7 +272,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def fail(error):
-    """Print a user's mistake as one sentence and leave with exit code 2."""
+    """Print a user's mistake as one sentence and leave with exit code 2.
+
+    When all ranks found the same, the first one ends, the launcher ends the others, and it is told once.
+    """
+    if rank() > 0:
+        time.sleep(3)
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
 

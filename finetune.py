@@ -37,6 +37,7 @@ import curves
 import engines
 import evaluate
 import generation
+import nodes
 import plan
 import preview
 import resume
@@ -188,6 +189,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         self.label_names = ["labels"]
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained weight has its part in every loss
         engines.prepare(self)
         super().__post_init__()
         if self.n_gpu > 1:
@@ -548,13 +551,31 @@ class RecipeTrainer(transformers.Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is their sum
         return (loss, {}) if return_outputs else loss
 
+    def get_train_dataloader(self):
+        """Fills the last batch of an epoch with empty conversations, where the default would train some rows twice."""
+        dataset = self.train_dataset
+        if not self.args.dataloader_drop_last:
+            self.train_dataset = batches.Filled(dataset, self.args.train_batch_size * self.args.world_size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
+        strategy, dataset = self.args.train_sampling_strategy, getattr(train_dataset, "dataset", train_dataset)
+        if strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        lengths = [self.train_dataset.lengths[number] for number in self.train_dataset.kept]
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        generator = torch.Generator().manual_seed(self.args.seed)  # the same order on every rank
-        return LengthGroupedSampler(rows, lengths=lengths, generator=generator)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+        def order():  # the same on every rank, and after a resume
+            generator = torch.Generator().manual_seed(seed + int(self.state.epoch or 0))
+            if strategy == "random":
+                return torch.randperm(len(dataset), generator=generator).tolist()
+            lengths = [dataset.lengths[number] for number in dataset.kept]
+            rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return list(LengthGroupedSampler(rows, lengths=lengths, generator=generator))
+
+        return batches.Order(order, len(dataset), len(train_dataset))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
@@ -713,7 +734,13 @@ def parse(argv):
 
 def train(argv=None):
     """Parse the command line, train, save; returns the Trainer's metrics."""
-    model_args, data_args, training_args, lora_args = parse(sys.argv[1:] if argv is None else argv)
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    with nodes.watch():  # of several machines, each ends when another one is gone
+        return run(*arguments)
+
+
+def run(model_args, data_args, training_args, lora_args):
+    """The whole training of these arguments."""
     transformers.set_seed(training_args.seed)
     tokenizer = load_tokenizer(model_args, training_args)
     try:

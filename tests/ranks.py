@@ -1,4 +1,4 @@
-"""What every rank of tests/test_engines.py runs: many short trainings under one engine, and all that is compared of them.
+"""What every rank of tests/test_engines.py runs: many short trainings under one engine, and what is compared of them.
 
 torchrun --nproc_per_node 2 tests/ranks.py jobs.json results.json
 """

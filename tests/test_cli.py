@@ -94,22 +94,21 @@ NEEDS = {  # other flags without which transformers refuses a value
     "load_best_model_at_end": {"save_strategy": "epoch"},
 }
 # The hardware decides, or a folder that has to be there: in tests of their own.
-LEFT_OUT = {"bf16", "fp16", "deepspeed", "use_cpu", "resume_from_checkpoint"}
+LEFT_OUT = {"bf16", "fp16", "deepspeed", "fsdp", "use_cpu", "resume_from_checkpoint"}
 LEFT_OUT |= {"label_names"}  # fixed by our batches
 LEFT_OUT |= {"ddp_backend"}  # needs several processes
-HELD_AS = {"fsdp": True, "debug": [DebugOption.UNDERFLOW_OVERFLOW]}
+HELD_AS = {"debug": [DebugOption.UNDERFLOW_OVERFLOW]}
 
 
 @pytest.mark.parametrize("name", sorted(INHERITED - LEFT_OUT))
-def test_a_config_file_sets_every_field_of_transformers_training_arguments(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it for --fsdp
+def test_a_config_file_sets_every_field_of_transformers_training_arguments(name, tmp_path):
     default = {field.name: field.default for field in dataclasses.fields(finetune.TrainingArguments)}[name]
     if name in OTHER_THAN_DEFAULT:
         value = OTHER_THAN_DEFAULT[name]
     elif isinstance(default, bool):
         value = not default
     else:
-        value = default + 1 if isinstance(default, (int, float)) else "full_shard" if name == "fsdp" else "text"
+        value = default + 1 if isinstance(default, (int, float)) else "text"
     entries = {
         "model_name_or_path": "model",
         "data_path": "a",
@@ -566,16 +565,6 @@ def test_without_a_gpu_the_run_says_what_it_leaves_out(name, capsys):
     assert ("this hardware does not compute in it" in said) == (not usable)
     assert args.bf16 or not usable
     assert not args.fp16  # never on a CPU
-
-
-@pytest.mark.skipif(NO_GPU, reason="DeepSpeed needs a GPU")
-def test_with_a_gpu_the_deepspeed_configuration_is_kept(tmp_path, monkeypatch):
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 29512}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
-    path = written(tmp_path / "ds_config_zero2.json", json.dumps(config))
-    assert parsed("--deepspeed", path).deepspeed == path
 
 
 def test_lora_flags_alone_train_lora_as_in_fastchat(capsys):

@@ -1,4 +1,4 @@
-"""Every engine, for real, on two CPU ranks: the same losses as one process, weights that load, runs that can be resumed.
+"""Every engine, for real, on two CPU ranks: the losses of one process, weights that load, runs that can be resumed.
 
 Each engine is started once (tests/ranks.py) and runs all its trainings; the tests compare what they left behind.
 """
@@ -100,7 +100,7 @@ def ran(tiny_model, qwen3, moe, data, tmp_path_factory):
         return list(map(str, words))
 
     def jobs(engine, folder):
-        plain = ["--max_steps", "5", "--save_strategy", "no"]
+        plain = ["--max_steps", "7", "--save_strategy", "no"]  # an epoch of 45 rows ends in the sixth
         for mode, flags in MODES.items():
             dropout = {"full": []}.get(mode, ["--lora_dropout", "0"])
             for accumulation in (1, 2):
@@ -169,10 +169,12 @@ def test_the_engine_that_was_asked_for_ran(ran, engine, mode):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("engine", SHARED)
-def test_the_first_five_losses_and_gradient_norms_are_those_of_one_process(ran, engine, mode, accumulation):
+def test_losses_and_gradients_are_those_of_one_process_also_where_an_epoch_ends_unevenly(
+    ran, engine, mode, accumulation
+):
     alone, shared = (ran(which)[f"{mode} {steps}"] for which, steps in (("one process", 1), (engine, accumulation)))
     for key in ("loss", "grad_norm", "learning_rate"):
-        assert len(log(alone, key)) == 5
+        assert len(log(alone, key)) == 7
         assert log(shared, key) == pytest.approx(log(alone, key), rel=1e-4)
 
 
@@ -188,7 +190,7 @@ def test_gradient_checkpointing_changes_no_loss(ran, engine, mode):
 def test_a_mixture_of_experts_trains_as_in_one_process(ran, engine):
     result = ran(engine)["experts"]
     assert log(result, "loss") == pytest.approx(log(ran("one process")["experts"], "loss"), rel=1e-4)
-    assert bool(result["leaves"]) == (engine == "ZeRO-3")
+    assert result["leaves"] or engine != "ZeRO-3"  # a layer of experts is gathered at once
 
 
 @pytest.mark.parametrize("mode", MODES)
