@@ -55,6 +55,7 @@ class SelfChecks(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         self.done = False
+        engines.really_runs(trainer)
         collator = trainer.data_collator
         if collator.padding_free:
             with trainer.accelerator.autocast():  # as in training

@@ -261,6 +261,18 @@ def mark_experts(model, args):
         set_z3_leaf_modules(model, list(experts))
 
 
+def really_runs(trainer):
+    """Refuse to go on with another engine than the one asked for: libraries fall back on DDP without a word.
+
+    Raises:
+        UserError: the prepared model is not what the engine makes of it.
+    """
+    asked, wrapped = name(trainer.args), type(trainer.model_wrapped).__name__
+    runs = {"Z": wrapped == "DeepSpeedEngine", "F": wrapped.startswith("FSDP"), "D": "DataParallel" in wrapped}
+    if not runs.get(asked[0], True):
+        raise UserError(f"{asked} was asked for and {wrapped} would run; see accelerate's and deepspeed's versions.")
+
+
 def numel(parameter):
     """Elements of a whole parameter, wherever its parts are; 4-bit weights count as what they hold."""
     if hasattr(parameter, "ds_numel"):
