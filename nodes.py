@@ -1,6 +1,7 @@
 """Several machines that train together: they meet before the start, and each notices when another one is gone.
 
     NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 python nodes.py    # on each machine with its own rank
+    python nodes.py --standalone --nproc_per_node 2 finetune.py ...    # torch.distributed.run with finetune's exit code
 
 A node is one machine. `meet` comes before torch.distributed.run, which waits ten minutes for a node that is missing and
 does not say which. `watch` runs inside the training, where a collective waits half an hour for a node that is gone.
@@ -175,6 +176,8 @@ def _hung_up(connection):
 
 
 def main():
+    if sys.argv[1:]:
+        torchrun(sys.argv[1:])
     try:
         names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in names if not os.environ.get(name)]
@@ -186,6 +189,19 @@ def main():
         cli.fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def torchrun(argv):
+    """Run torch.distributed.run and end with the exit code of the process that failed first; its own code is always 1."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        run(parse_args(argv))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        raise SystemExit(code if code > 0 else 128 - code) from None  # a signal, as shells have it
+    raise SystemExit(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
