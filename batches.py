@@ -55,12 +55,13 @@ def _named(ids, labels, shifted):
     return ("input_ids", ids), ("labels", labels), ("shift_labels", shifted)
 
 
-def supervised_loss(model, batch, label_smoothing=0.0):
+def supervised_loss(model, batch, label_smoothing=0.0, head=None):
     """Cross entropy of one micro-batch from `Collator`.
 
     The output head sees only `logits_to_keep`, and the loss is computed in float32.
     Args:
         label_smoothing: share of each target that is spread over the whole vocabulary, 0 to 1.
+        head: the model's, when `head_loss.attach` has taught it the loss; the logits then never exist.
     Returns:
         (sum over supervised tokens: float32 scalar with a gradient, their number: int64 scalar).
     """
@@ -68,6 +69,12 @@ def supervised_loss(model, batch, label_smoothing=0.0):
     batch.pop("labels")
     targets = batch.pop("shift_labels")[:, batch["logits_to_keep"]].flatten()
     # A cache would make transformers treat the row as one document.
+    if head is not None:
+        head.targets, head.smoothing = targets, label_smoothing
+        try:
+            return model(**batch, use_cache=False).logits.squeeze(), (targets != IGNORE_INDEX).sum()
+        finally:
+            head.targets = None
     logits = model(**batch, use_cache=False).logits.flatten(0, 1).float()
     total = torch.nn.functional.cross_entropy(
         logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing

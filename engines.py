@@ -102,6 +102,9 @@ def prepare(args):
         args.deepspeed = deepspeed_config(args)
     else:
         args.fsdp_config = fsdp_config(args)
+        # Else accelerate leaves whole gradients on every process between the micro-batches of a step.
+        options = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+        args.accelerator_config = {**options, **(args.accelerator_config or {})}
     if args.use_cpu:
         _start_on_cpu(args)
     elif "RANK" not in os.environ:  # plain python on one GPU
@@ -222,20 +225,22 @@ def fsdp_config(args):
 # The model under an engine
 
 
-def use_reentrant(zero3, frozen, deepspeed):
+def use_reentrant(zero3, frozen, quantized, deepspeed):
     """Which kind of gradient checkpointing an engine needs.
 
     The reentrant kind breaks DDP with frozen weights ("mark a variable ready only once"); the other one breaks ZeRO-3
-    with frozen weights up to DeepSpeed 0.19.2, which frees them before they are computed again.
+    with frozen weights up to DeepSpeed 0.19.2, which frees them before they are computed again, and with 4-bit weights
+    it keeps all of them gathered until the backward pass ends.
     Args:
-        zero3: whether that is the engine; frozen: whether some weights are; deepspeed: its version, as text.
+        zero3: whether that is the engine; frozen: whether some weights are; quantized: whether these have 4 bits;
+        deepspeed: its version, as text.
     """
     from packaging.version import Version
 
-    return zero3 and frozen and Version(deepspeed) <= Version("0.19.2")
+    return zero3 and frozen and (quantized or Version(deepspeed) <= Version("0.19.2"))
 
 
-def settle_checkpointing(model, args):
+def settle_checkpointing(model, args, quantized):
     """Prepare the model for --gradient_checkpointing, of the kind that the engine needs unless the user chose one."""
     if not args.gradient_checkpointing:
         return
@@ -246,7 +251,7 @@ def settle_checkpointing(model, args):
     if zero3(args):
         import deepspeed
 
-        chosen.setdefault("use_reentrant", use_reentrant(True, args.use_lora, deepspeed.__version__))
+        chosen.setdefault("use_reentrant", use_reentrant(True, args.use_lora, quantized, deepspeed.__version__))
     setattr(args, name, {"use_reentrant": False, **chosen})
 
 

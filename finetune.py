@@ -37,6 +37,7 @@ import curves
 import engines
 import evaluate
 import generation
+import head_loss
 import nodes
 import plan
 import preview
@@ -50,6 +51,7 @@ from batches import Collator, supervised_loss
 from cli import say
 from conversations import Conversations, UserError, hold_out
 from hardware import best_dtype, dtype_name, has_bf16
+from throughput import Throughput
 from tokens import ChatEncoder
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -482,7 +484,8 @@ def add_adapter(model, training_args, lora_args):
             parameter.requires_grad_(False)
     try:
         if lora_args.lora_weight_path:
-            return _float32(peft.PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True))
+            adapted = peft.PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True)
+            return _without_copies(_float32(adapted), training_args)
         start = lora_args.init_lora_weights
         adapted = peft.get_peft_model(
             model,
@@ -500,12 +503,21 @@ def add_adapter(model, training_args, lora_args):
                 trainable_token_indices=lora_args.trainable_token_indices,
             ),
         )
-        return _float32(adapted)
+        return _without_copies(_float32(adapted), training_args)
     except (ValueError, TypeError, OSError) as error:
         linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
         raise UserError(
             f"no adapter: {' '.join(str(error).split()):.300} Linear layers are {sorted(linear)}."
         ) from None
+
+
+def _without_copies(model, training_args):
+    """Under autocast let adapters take their input as it is: peft would first copy all of it to float32."""
+    autocast = (training_args.bf16 or training_args.fp16) and not training_args.deepspeed
+    for module in model.modules():
+        if autocast and hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 def _float32(model):
@@ -533,23 +545,32 @@ class RecipeTrainer(transformers.Trainer):
         self.model.config.use_cache = use_cache
         # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
         self._bos = self.model.config.bos_token_id, self.model.generation_config.bos_token_id
+        self.head = head_loss.attach(self.model)
         self.best_loss = math.inf
         self._eval_sums = self._file_sums = None
         self.questions, self.metric, self.stop_id = [], None, None  # set for --eval_generate
         self.record = {}  # what checkpoints remember of the run, see resume.py
+        self.throughput = Throughput(self)
         self.add_callback(checks.SelfChecks(self))
+        self.add_callback(self.throughput)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Summed cross entropy of the supervised tokens / their number in the optimizer step (None: in the batch)."""
         evaluating = self._file_sums is not None
-        total, supervised = supervised_loss(model, inputs, 0.0 if evaluating else self.args.label_smoothing_factor)
-        if evaluating:
+        smoothing = 0.0 if evaluating else self.args.label_smoothing_factor
+        total, supervised = supervised_loss(model, inputs, smoothing, self.head)
+        if not evaluating:
+            self.throughput.add(inputs, supervised)
+        else:
             self._file_sums += torch.stack([total.detach().double(), supervised.double()])
         count = num_items_in_batch if num_items_in_batch is not None else supervised.clamp(min=1)
         loss = total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is their sum
         return (loss, {}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs):
+        return 0  # the Trainer would walk through all parameters for each micro-batch; see throughput.py
 
     def get_train_dataloader(self):
         """Fills the last batch of an epoch with empty conversations, where the default would train some rows twice."""
@@ -648,6 +669,8 @@ class RecipeTrainer(transformers.Trainer):
         bad = [value for value in (logs.get("loss"), logs.get("train_loss"), norm) if not math.isfinite(value or 0.0)]
         if bad:
             self._stop(f"the loss is {logs.get('loss', logs.get('train_loss'))} and the gradient norm {norm}")
+        if "loss" in logs:
+            logs |= self.throughput.entry()
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False, rows=None):
@@ -760,7 +783,7 @@ def run(model_args, data_args, training_args, lora_args):
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
     generation.stop_at(model, tokenizer, encoder)
-    engines.settle_checkpointing(model, training_args)
+    engines.settle_checkpointing(model, training_args, lora_args.q_lora)
     if training_args.use_lora:
         model = add_adapter(model, training_args, lora_args)
     trainer = RecipeTrainer(

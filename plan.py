@@ -5,10 +5,11 @@ import math
 import numpy as np
 
 import engines
+import head_loss
+import scaling
 from conversations import UserError
 from hardware import dtype_name, free_disk, free_memory
-
-GB = 1e9
+from scaling import GB
 
 
 def describe(trainer, compute_dtype, lora_args):
@@ -23,11 +24,13 @@ def describe(trainer, compute_dtype, lora_args):
         "trained": _trained(model, args, lora_args),
         "training rows": rows(trainer.train_dataset),
     }
+    if trainer.args.world_size > 1:
+        facts["engine"] = f"{engines.name(trainer.args)}, {trainer.args.world_size} processes"
     for name, dataset in (trainer.eval_dataset or {}).items():
         facts[f"evaluation rows ({name})"] = rows(dataset)
     facts["steps"] = _steps(trainer)
     facts["memory"] = _memory(trainer, compute_dtype, lora_args)
-    facts["disk"] = _disk(trainer)
+    facts["disk"] = _disk(trainer, compute_dtype)
     return "\n".join(f"{name}: {text}" for name, text in facts.items())
 
 
@@ -103,57 +106,68 @@ def _steps(trainer):
     return text + ("; few steps: the model may learn little, raise --num_train_epochs" if total < 50 else "")
 
 
-def activation_bytes(config, dtype, lora, dropout):
-    """Bytes that one token keeps per layer between forward and backward, for Qwen2-like layers.
-
-    From counting what autograd saves: about 4 tensors of the MLP's width and 10 of the hidden size in the computing
-    precision; in half precision also the float32 copies made by the norms and by the adapters; with dropout a mask and
-    a copy of every adapter's input.
-    """
-    hidden, size = config.hidden_size, dtype.itemsize
-    wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    heads = groups * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
-    kept = size * (4 * wide + 10 * hidden + 2 * heads)
-    if size == 2:
-        kept += 2 * wide + 18 * hidden if lora else 4 * hidden
-    return kept + (5 * (wide + 6 * hidden) if lora and dropout else 0)
-
-
 def _memory(trainer, compute_dtype, lora_args):
     """Estimated peak of training on one device, by its parts, against what is free now (the weights being loaded)."""
     args, model = trainer.args, trainer.model
-    config = model.config.get_text_config()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trainable, _ = parameters(model)
-    optimizer = trainable * (4 + 8)  # float32 gradients and AdamW's two averages
+    engine, shape, cpu = engines.name(args), scaling.shape_of(model), args.device.type == "cpu"
+    if cpu:
+        engine = engine.removesuffix(" offload")  # main memory is all that there is
+    mode = "QLoRA" if lora_args.q_lora else "LoRA" if args.use_lora else "full"
     lengths = np.minimum(np.sort(trainer.train_dataset.lengths)[-args.train_batch_size :], args.model_max_length)
     longest = int(lengths.sum())
-    per_layer = activation_bytes(config, compute_dtype, args.use_lora, lora_args.lora_dropout)
-    layers = config.num_hidden_layers
-    if args.gradient_checkpointing:
-        activations = longest * (layers * config.hidden_size * compute_dtype.itemsize + per_layer)
-    else:
-        activations = longest * layers * per_layer
-    supervised = trainer.train_dataset.supervised / max(trainer.train_dataset.tokens, 1)
-    logits = int(longest * supervised) * config.vocab_size * (compute_dtype.itemsize + 8)
-    total = weights + optimizer + activations + logits
-    free = free_memory(args.device)
+    block = head_loss.BLOCK.get(args.device.type, longest)
+    supervised = int(longest * trainer.train_dataset.supervised / max(trainer.train_dataset.tokens, 1))
+    supervised = min(supervised, block) if trainer.head is not None else 2 * supervised  # whole logits, in two copies
+    needed = scaling.gpu_bytes(
+        shape, engine, mode, args.world_size, longest, args.gradient_checkpointing, compute_dtype, supervised,
+        lora_args.lora_dropout,
+    )  # fmt: skip
+    if cpu:
+        needed["step"] = 0  # torch takes one parameter after the other there
+    parts = {name: f"{value / GB:.2f}" for name, value in needed.items()}
+    total, loaded, free = scaling.peak(needed), _loaded(model, args.device), free_memory(args.device)
     text = (
-        f"about {total / GB:.2f} GB = weights {weights / GB:.2f} + gradients and optimizer {optimizer / GB:.2f} + "
-        f"activations {activations / GB:.2f} and logits {logits / GB:.2f} of the {len(lengths)} longest rows "
-        f"({longest:,} tokens); {free / GB:.1f} GB free besides the weights"
+        f"about {total / GB:.2f} GB = weights {parts['weights']} + gradients and optimizer "
+        f"{(needed['gradients'] + needed['optimizer']) / GB:.2f}{_shared(engine, args.world_size)} + "
     )
-    if total - weights > free:
+    passes = needed["gathered"] + needed["activations"] + needed["logits"]
+    if needed["step"] > passes:
+        text += f"{parts['step']} in the optimizer's step, more than "
+    if needed["gathered"] >= 0.005 * GB:
+        text += f"copies and buckets {parts['gathered']} + "
+    text += (
+        f"activations {parts['activations']} and logits {parts['logits']} of the {len(lengths)} longest rows "
+        f"({longest:,} tokens); {free / GB:.1f} GB free{' besides the weights' * bool(loaded)}"
+    )
+    if total - loaded > free:
         text += "; this may not fit: lower --per_device_train_batch_size or --model_max_length, set "
         text += "--gradient_checkpointing, or train with --q_lora"
     return text
 
 
-def _disk(trainer):
+def _loaded(model, device):
+    """Bytes of the weights that are on the device already; ZeRO-3 may hold a part of each."""
+    parts = (getattr(p, "ds_tensor", p) for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in parts if p.device.type == device.type)
+
+
+def _shared(engine, gpus):
+    """What of the numbers before it is one process's share, and what is elsewhere."""
+    kind, offload = engine.removesuffix(" offload"), engine.endswith(" offload")
+    parts = {"ZeRO-2": "gradients and optimizer", "ZeRO-3": "weights, gradients and optimizer"}
+    parts["FSDP2"] = parts["ZeRO-3"]
+    if kind not in parts:
+        return ""
+    return f" ({parts[kind]} are in main memory)" if offload else f" (a share of 1/{gpus} of {parts[kind]})"
+
+
+def _disk(trainer, compute_dtype):
     args = trainer.args
     trainable, _ = parameters(trainer.model)
-    size, free = trainable * (4 + 8), free_disk(args.output_dir)  # float32 weights and AdamW's two averages
+    # float32 weights and AdamW's two averages; engines add weights to load the model from, and ZeRO-2 those to resume
+    more = {"ZeRO-2": 2 * compute_dtype.itemsize, "ZeRO-3": compute_dtype.itemsize, "FSDP2": 4}
+    size = trainable * (4 + 8 + more.get(engines.name(args).removesuffix(" offload"), 0))
+    free = free_disk(args.output_dir)
     if args.save_strategy == "no":
         size = trainable * 4  # the trained weights at the end
     if size > free:

@@ -103,7 +103,7 @@ def ran(tiny_model, qwen3, moe, data, tmp_path_factory):
         plain = ["--max_steps", "7", "--save_strategy", "no"]  # an epoch of 45 rows ends in the sixth
         for mode, flags in MODES.items():
             dropout = {"full": []}.get(mode, ["--lora_dropout", "0"])
-            for accumulation in (1, 2):
+            for accumulation in (1, 2)[: 1 if "offload" in engine else 2]:
                 name = f"{mode} {accumulation}"
                 yield name, {"argv": argv(engine, tiny_model, folder / name, accumulation, *plain, *flags, *dropout)}
             if "offload" in engine:
@@ -155,7 +155,7 @@ def log(result, key):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("engine", SHARED)
 def test_the_engine_that_was_asked_for_ran(ran, engine, mode):
-    for name in (f"{mode} 1", f"{mode} 2"):
+    for name in (name for name in ran(engine) if name in (f"{mode} 1", f"{mode} 2")):
         result = ran(engine)[name]
         if engine == "DDP":
             assert result["wrapped"] == "DistributedDataParallel" and not result["partitioned"]
@@ -166,9 +166,10 @@ def test_the_engine_that_was_asked_for_ran(ran, engine, mode):
             assert result["partitioned"] == (result["parameters"] if "3" in engine else 0)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("engine", SHARED)
+@pytest.mark.parametrize(
+    "engine, accumulation", [(engine, count) for engine in SHARED for count in (1, 2) if count == 1 or engine in WHOLE]
+)
 def test_losses_and_gradients_are_those_of_one_process_also_where_an_epoch_ends_unevenly(
     ran, engine, mode, accumulation
 ):

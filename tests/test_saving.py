@@ -379,14 +379,15 @@ def test_zero_stages_that_are_not_supported_are_refused():
 
 
 @pytest.mark.parametrize(
-    "zero3, frozen, version, reentrant",
+    "zero3, frozen, quantized, version, reentrant",
     [
-        (False, True, "0.19.2", False),  # DDP, FSDP2 and ZeRO-2
-        (True, True, "0.19.2", True),
-        (True, True, "0.16.0", True),
-        (True, True, "0.19.8", False),
-        (True, False, "0.19.2", False),
+        (False, True, True, "0.19.2", False),  # DDP, FSDP2 and ZeRO-2
+        (True, True, False, "0.19.2", True),
+        (True, True, False, "0.16.0", True),
+        (True, True, False, "0.19.8", False),
+        (True, True, True, "0.19.8", True),
+        (True, False, False, "0.19.2", False),
     ],
 )
-def test_the_kind_of_gradient_checkpointing_follows_the_engine(zero3, frozen, version, reentrant):
-    assert engines.use_reentrant(zero3, frozen, version) is reentrant
+def test_the_kind_of_gradient_checkpointing_follows_the_engine(zero3, frozen, quantized, version, reentrant):
+    assert engines.use_reentrant(zero3, frozen, quantized, version) is reentrant

@@ -1,0 +1,258 @@
+"""This recipe beside its peers: same weights, same tokens and labels, same adapter, same conversations in each step.
+
+    python benchmarks/bench.py                         # every variant of every shape, interleaved; a table at the end
+    python benchmarks/bench.py --shape smollm2 --variant recipe --steps 4      # one run, one JSON line
+
+Shapes: smollm2 (SmolLM2-135M-Instruct, real weights), 0.1b (Qwen2 layers, 151,936 words), 0.5b (Qwen2.5-0.5B), toy; on a
+GPU also 1.5b and 7b. Variants: recipe; trl (SFTTrainer as it comes), trl_best (its fastest setting here: padding-free is
+only for flash-attention, so no checkpointing and the recipe's precision); padded (the loop of FastChat and Qwen: rows
+padded to the longest, all logits, the loss of transformers).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHAPES = {  # hidden, layers, intermediate, heads, kv heads
+    "toy": (64, 2, 128, 4, 2),
+    "0.1b": (512, 8, 2048, 8, 2),
+    "0.5b": (896, 24, 4864, 14, 2),
+    "1.5b": (1536, 28, 8960, 12, 2),
+    "7b": (3584, 28, 18944, 28, 4),
+}
+VARIANTS = ("recipe", "trl", "trl_best", "padded")
+BATCH, RANK = 8, 16
+
+
+def rows(count, seed=0):
+    """Conversations about trains, parcels and sums, of very different length: half up to about 150 tokens."""
+    chance = random.Random(seed)
+    for n in range(count):
+        lines = max(1, int(chance.lognormvariate(1.6, 0.7)))
+        numbers = [chance.randrange(2, 99) for _ in range(lines + 1)]
+        question = " ".join(f"Parcel {i} holds {k} letters." for i, k in enumerate(numbers)) + " How many in all?"
+        total, steps = 0, []
+        for k in numbers:
+            steps.append(f"{total} + {k} = {total + k}")
+            total += k
+        yield {"messages": [{"role": "user", "content": question},
+                            {"role": "assistant", "content": f"{'; '.join(steps)}. The answer is {total}."}]}  # fmt: skip
+
+
+def model_folder(shape, work):
+    """Folder of the model: real weights for smollm2, random ones of a shape else (the tokenizer is SmolLM2's)."""
+    import demo_model
+
+    real = demo_model.demo_model()
+    if shape == "smollm2":
+        return real
+    folder = work / shape
+    if folder.exists():
+        return folder
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    hidden, layers, wide, heads, groups = SHAPES[shape]
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=50_000 if shape == "toy" else 151_936, hidden_size=hidden, intermediate_size=wide,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=shape != "7b",
+        max_position_embeddings=8192, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Clock:
+    """A Trainer callback that keeps the seconds of each optimizer step, the first (warm-up) apart."""
+
+    def __new__(cls):
+        import transformers
+
+        class Steps(transformers.TrainerCallback):
+            seconds = []
+
+            def on_step_begin(self, *args, **kwargs):
+                self.start = time.perf_counter()
+
+            def on_step_end(self, *args, **kwargs):
+                self.seconds.append(time.perf_counter() - self.start)
+
+        return Steps()
+
+
+def recipe(folder, data, out, steps):
+    import finetune
+
+    clock = Clock()
+    create = finetune.RecipeTrainer.__init__
+
+    def with_clock(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        self.add_callback(clock)
+
+    finetune.RecipeTrainer.__init__ = with_clock
+    finetune.train(["--model_name_or_path", folder, "--data_path", data, "--output_dir", out, "--use_lora", "--lora_r",
+                    str(RANK), "--lora_alpha", "32", "--lora_dropout", "0", "--max_steps", str(steps), "--save_strategy",
+                    "no", "--per_device_train_batch_size", str(BATCH), "--logging_steps", "1", "--learning_rate", "1e-4",
+                    "--train_sampling_strategy", "sequential", "--disable_tqdm", "True"])  # fmt: skip
+    log = json.loads((pathlib.Path(out) / "trainer_state.json").read_text())["log_history"]
+    return clock.seconds, [entry["loss"] for entry in log if "loss" in entry]
+
+
+def encoded(folder, data):
+    """The recipe's own tokens and labels, so that every variant learns the same."""
+    from transformers import AutoTokenizer
+
+    from conversations import Conversations
+    from tokens import ChatEncoder
+
+    encoder, conversations = ChatEncoder(AutoTokenizer.from_pretrained(folder)), Conversations([data])
+    documents = [encoder.encode(conversations[n]).documents[0] for n in range(len(conversations))]
+    return [{"input_ids": d["input_ids"], "labels": d["labels"]} for d in documents]
+
+
+def adapter():
+    import peft
+
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"
+    )  # fmt: skip
+
+
+def trained(trainer, clock):
+    trainer.add_callback(clock)
+    trainer.train()
+    return clock.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trl(folder, data, out, steps, best=False):
+    import datasets
+    import torch
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    more = {}
+    if best:
+        from hardware import best_dtype
+
+        fast = best_dtype(not torch.cuda.is_available())
+        more = {"gradient_checkpointing": False, "bf16": fast == torch.bfloat16, "model_init_kwargs": {"dtype": fast}}
+    config = SFTConfig(
+        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=1e-4,
+        save_strategy="no", report_to="none", max_length=None, train_sampling_strategy="sequential", disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), **more,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list(encoded(folder, data))
+    trainer = SFTTrainer(
+        str(folder), args=config, train_dataset=rows, peft_config=adapter(),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )  # fmt: skip
+    return trained(trainer, Clock())
+
+
+def trl_best(folder, data, out, steps):
+    return trl(folder, data, out, steps, best=True)
+
+
+def padded(folder, data, out, steps):
+    import datasets
+    import peft
+    import torch
+    import transformers
+
+    from hardware import best_dtype
+
+    fast = best_dtype(not torch.cuda.is_available())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=fast)
+    args = transformers.TrainingArguments(
+        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=1e-4,
+        save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16, label_names=["labels"],
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        peft.get_peft_model(model, adapter()), args, train_dataset=datasets.Dataset.from_list(encoded(folder, data)),
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
+    )  # fmt: skip
+    return trained(trainer, Clock())
+
+
+def one(shape, variant, steps, work):
+    """Run one variant in this process and print its JSON line."""
+    import torch
+
+    data = work / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(BATCH * steps)))
+    folder = str(model_folder(shape, work))
+    supervised = sum(label != -100 for row in encoded(folder, str(data))[BATCH:] for label in row["labels"])
+    seconds, losses = globals()[variant](folder, str(data), str(work / "out"), steps)
+    cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({
+        "shape": shape, "variant": variant, "steps": steps, "supervised_tokens_per_second":
+        round(supervised / sum(seconds[1:]), 1), "seconds_per_step": round(statistics.median(seconds[1:]), 3),
+        "peak_gb": round(peak / 1e9, 2), "first_loss": losses[0], "last_loss": losses[-1],
+        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+    }))  # fmt: skip
+
+
+def compare(shapes, variants, steps, repeats, work):
+    """Every variant in a process of its own, in turns; a table of medians and their ratios to the recipe."""
+    for shape in shapes:
+        runs = {variant: [] for variant in variants}
+        for _ in range(repeats):
+            for variant in variants:
+                command = [sys.executable, __file__, "--shape", shape, "--variant", variant, "--steps", str(steps)]
+                done = subprocess.run([*command, "--work", work], capture_output=True, text=True)
+                if done.returncode:
+                    print(f"{shape} {variant} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
+                    continue
+                print(line := done.stdout.strip().splitlines()[-1], flush=True)
+                runs[variant].append(json.loads(line))
+        first = [run["first_loss"] for several in runs.values() for run in several]
+        spread = (max(first) - min(first)) / max(first)
+        print(f"\nfirst loss of all variants within {spread:.1e} of each other")
+        print(
+            f"\n| {shape} | supervised tokens/s | recipe is faster | peak GB | recipe's share |\n|---|---|---|---|---|"
+        )
+        medians = {
+            variant: [statistics.median(run[key] for run in several) for key in
+                      ("supervised_tokens_per_second", "peak_gb")]
+            for variant, several in runs.items() if several
+        }  # fmt: skip
+        for variant, (speed, memory) in medians.items():
+            ours = medians.get("recipe", (speed, memory))
+            print(f"| {variant} | {speed:.1f} | {ours[0] / speed:.2f} x | {memory:.2f} | {ours[1] / memory:.2f} x |")
+        print(flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["smollm2", "0.1b", "0.5b"], choices=["smollm2", *SHAPES])
+    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps, the first of them for warming up")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--work", type=pathlib.Path, default=ROOT / "output" / "bench")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    args.work.mkdir(parents=True, exist_ok=True)
+    if len(args.shape) == len(args.variant) == 1:
+        one(args.shape[0], args.variant[0], args.steps, args.work)
+    else:
+        compare(args.shape, args.variant, args.steps, args.repeats, args.work)
+
+
+if __name__ == "__main__":
+    main()
