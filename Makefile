@@ -1,4 +1,4 @@
-.PHONY: demo test test-quick
+.PHONY: demo test test-quick bench
 export PYTHON ?= python3
 
 # Fine-tune a real small model on data/, measured before and after; no GPU, no hub.
@@ -14,3 +14,8 @@ test:
 test-quick:
 	@./setup.sh requirements-dev.txt
 	@.venv/bin/python -m pytest -q tests -m "not slow"
+
+# This recipe beside its peers, interleaved, in an environment of its own; hours on a small CPU, minutes on a GPU.
+bench:
+	@VENV=.venv-bench ./setup.sh benchmarks/requirements.txt
+	@.venv-bench/bin/python benchmarks/bench.py

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Create .venv once and install a requirements file into it; a second run sees that nothing changed and ends at once.
+# Create .venv (or $VENV) and install a requirements file into it; a second run sees that nothing changed and ends.
 set -euo pipefail
 cd "$(dirname "$0")"
 requirements=$1
+venv=${VENV:-.venv}
 python=${PYTHON:-python3}
-mark=.venv/installed-$(basename "$requirements")
+mark=$venv/installed-$(basename "$requirements")
 sum=$(cat requirements.txt "$requirements" | cksum)
 if [[ -f $mark && $(<"$mark") == "$sum" ]]; then exit 0; fi
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -16,10 +17,10 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
   echo "error: $python cannot create virtual environments; install its venv package (Debian: python3-venv)." >&2
   exit 2
 fi
-[[ -x .venv/bin/python ]] || "$python" -m venv .venv
-echo "installing $requirements into .venv (the first time takes minutes) ..."
-log=.venv/install.log
-if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" >"$log" 2>&1; then
+[[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+echo "installing $requirements into $venv (the first time takes minutes) ..."
+log=$venv/install.log
+if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" >"$log" 2>&1; then
   tail -n 5 "$log" >&2
   echo "error: the packages of $requirements could not be installed; check the network, then run the same command again (whole log: $log)." >&2
   exit 2

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_finetune import ROWS, argv, history, write
 
@@ -391,3 +392,25 @@ def test_zero_stages_that_are_not_supported_are_refused():
 )
 def test_the_kind_of_gradient_checkpointing_follows_the_engine(zero3, frozen, quantized, version, reentrant):
     assert engines.use_reentrant(zero3, frozen, quantized, version) is reentrant
+
+
+def test_several_gpus_without_a_launcher_are_no_data_parallel(monkeypatch, tmp_path, capsys):
+    start = transformers.TrainingArguments.__post_init__
+
+    def with_four_gpus(self):
+        start(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", with_four_gpus)
+    args = finetune.TrainingArguments(output_dir=str(tmp_path))
+    assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
+    assert "one of 4 GPUs is used; for all: torchrun --nproc_per_node 4 finetune.py" in capsys.readouterr().out
+
+
+def test_an_engine_that_silently_is_another_one_is_an_error():
+    class Trainer:
+        args = Args(deepspeed={"zero_optimization": {"stage": 2}})
+        model_wrapped = torch.nn.Linear(1, 1)
+
+    with pytest.raises(UserError, match="ZeRO-2 was asked for and Linear would run"):
+        engines.really_runs(Trainer)
