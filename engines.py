@@ -104,7 +104,7 @@ def prepare(args):
         args.fsdp_config = fsdp_config(args)
         # Else accelerate leaves whole gradients on every process between the micro-batches of a step.
         options = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-        args.accelerator_config = {**options, **(args.accelerator_config or {})}
+        args.accelerator_config = options | _read("accelerator_config", args.accelerator_config or {})
     if args.use_cpu:
         _start_on_cpu(args)
     elif "RANK" not in os.environ:  # plain python on one GPU
@@ -130,7 +130,8 @@ def _start_on_cpu(args):
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         # accelerate turns MULTI_GPU into FSDP
         PartialState(cpu=True, timeout=timeout).distributed_type = DistributedType.MULTI_GPU
-    args.accelerator_config = {**(args.accelerator_config or {}), "use_configured_state": True}
+    configured = {"use_configured_state": True}
+    args.accelerator_config = _read("accelerator_config", args.accelerator_config or {}) | configured
     args.use_cpu, args.dataloader_pin_memory = False, False
 
 
