@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+import saving
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -21,6 +23,9 @@ def run(command, folder, **options):
     command = command.replace(".venv/bin/", f"{pathlib.Path(sys.executable).parent}/")
     for script in ("finetune.py", "evaluate.py", "merge.py", "chat.py"):
         command = command.replace(f" {script} ", f" {ROOT / script} ")
+    if command.startswith("bash finetune_"):
+        command = f"bash {ROOT / command[5:]} --use_cpu True"
+        options["env"] = {**os.environ, "PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
@@ -40,6 +45,9 @@ def test_every_command_runs_in_the_order_of_the_text(tiny_model, tmp_path):
             assert "verdict: the data can be trained" in said
         if "run.yaml" in command:
             assert "learning rate of 0.0001" in said and (tmp_path / "output" / "best" / "metrics.json").exists()
+        if command.startswith("bash finetune_"):
+            saving.verify_saved(tmp_path / command.split()[-1])
+            assert "single_gpu" in command or "x 2 ranks" in said and "engine: " in said
         if "evaluate.py" in command:
             assert json.loads(said.splitlines()[-1]).keys() == {"exact_match", "valid_json", "eval_loss"}
     assert (tmp_path / "output-merged" / "model.safetensors").exists()
