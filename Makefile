@@ -15,7 +15,7 @@ test-quick:
 	@./setup.sh requirements-dev.txt
 	@.venv/bin/python -m pytest -q tests -m "not slow"
 
-# This recipe beside its peers, interleaved, in an environment of its own; hours on a small CPU, minutes on a GPU.
+# This recipe beside its peers, interleaved, in an environment of its own.
 bench:
 	@VENV=.venv-bench ./setup.sh benchmarks/requirements.txt
 	@.venv-bench/bin/python benchmarks/bench.py

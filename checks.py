@@ -21,9 +21,8 @@ def documents_are_isolated(model, collator, length=16):
     must call it: an engine's forward gathers weights.
     """
     generator = torch.Generator().manual_seed(0)
-    inner = getattr(model, "module", model)
-    device = next(inner.parameters()).device
-    ids = torch.randint(inner.config.get_text_config().vocab_size, (3, length), generator=generator).tolist()
+    config = getattr(model, "module", model).config
+    ids = torch.randint(config.get_text_config().vocab_size, (3, length), generator=generator).tolist()
     document, *neighbours = ([{"input_ids": part, "labels": part}] for part in ids)
     training = model.training
     model.eval()
@@ -33,7 +32,7 @@ def documents_are_isolated(model, collator, length=16):
         tokens = batch["input_ids"].shape[1]
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_lengths")}
         inputs["logits_to_keep"] = torch.arange(tokens - length, tokens)
-        moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
         logits.append(model(**moved, use_cache=False).logits.float())
     model.train(training)
     alone, beside, poisoned = logits
@@ -63,7 +62,6 @@ class SelfChecks(transformers.TrainerCallback):
             if not collator.padding_free:
                 say("this model mixes neighbouring documents of a row: training with padded batches.")
         trainer.rehearse()
-
         if args.deepspeed:  # it takes every gradient away as soon as it is there
             trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
             self.arrived = torch.zeros(len(trained), 3, device=args.device)

@@ -34,6 +34,8 @@ RENAMED = {  # old flag: new flag, or None where nothing is left to set
     "save_safetensors": None,
     "logging_dir": None,
     "include_tokens_per_second": None,
+    "fsdp_transformer_layer_cls_to_wrap": None,  # the model names it
+    "fsdp_min_num_params": None,
 }
 VALUES = {  # new values for flags whose meaning changed with the name
     "flash_attn": {True: "flash_attention_2", False: "auto"},

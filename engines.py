@@ -53,6 +53,11 @@ def name(args):
 OFFLOADS = ("offload_optimizer", "offload_param")
 
 
+def mode(args, lora_args):
+    """What is trained, one of MODES."""
+    return "QLoRA" if lora_args.q_lora else "LoRA" if args.use_lora else "full"
+
+
 def zero3(args):
     return bool(args.deepspeed) and args.deepspeed["zero_optimization"].get("stage") == 3
 
@@ -71,10 +76,10 @@ def check(args, lora_args):
     engine = name(args)
     if engine not in TABLE:
         raise UserError(f"--deepspeed: stage {engine.removeprefix('ZeRO-')} is not supported; use stage 2 or 3.")
-    mode = MODES.index("QLoRA" if lora_args.q_lora else "LoRA" if args.use_lora else "full")
-    verdict = TABLE[engine][mode]
+    trained = mode(args, lora_args)
+    verdict = TABLE[engine][MODES.index(trained)]
     if verdict not in (TESTED, RUNS, GPU):
-        raise UserError(f"{MODES[mode]} training with {engine}: {verdict}.")
+        raise UserError(f"{trained} training with {engine}: {verdict}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ from cli import say
 from conversations import Conversations, UserError, hold_out
 from hardware import best_dtype, dtype_name, has_bf16
 from tokens import ChatEncoder
-from trainer import RecipeTrainer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -235,6 +234,8 @@ ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     cli.parse(["--help"], ARGUMENTS)  # prints and exits here, before the Trainer and all that it imports
+
+from trainer import RecipeTrainer  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------------------------------------------

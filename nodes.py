@@ -192,7 +192,7 @@ def main():
 
 
 def torchrun(argv):
-    """Run torch.distributed.run and end with the exit code of the process that failed first; its own code is always 1."""
+    """Run torch.distributed.run and end with the exit code of the process that failed first; its own is always 1."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 

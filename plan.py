@@ -112,7 +112,7 @@ def _memory(trainer, compute_dtype, lora_args):
     engine, shape, cpu = engines.name(args), scaling.shape_of(model), args.device.type == "cpu"
     if cpu:
         engine = engine.removesuffix(" offload")  # main memory is all that there is
-    mode = "QLoRA" if lora_args.q_lora else "LoRA" if args.use_lora else "full"
+    mode = engines.mode(args, lora_args)
     lengths = np.minimum(np.sort(trainer.train_dataset.lengths)[-args.train_batch_size :], args.model_max_length)
     longest = int(lengths.sum())
     block = head_loss.BLOCK.get(args.device.type, longest)

@@ -12,12 +12,11 @@ from conversations import UserError
 
 def record(model_args, data_args, training_args, lora_args, dataset):
     """What a checkpoint must remember of its run, to be compared when the run is resumed."""
-    mode = "QLoRA" if lora_args.q_lora else "LoRA" if training_args.use_lora else "full"
     adapter = {name: value for name, value in vars(lora_args).items() if name not in ("q_lora", "lora_weight_path")}
     args = training_args
     return {
         "base model": _model(model_args.model_name_or_path),
-        "mode": mode,
+        "mode": engines.mode(args, lora_args),
         "adapter": adapter if args.use_lora else None,
         "engine": engines.name(args).removesuffix(" offload"),
         "processes": args.world_size,
@@ -54,8 +53,8 @@ def find(asked, output_dir):
     """The checkpoint that --resume_from_checkpoint means, or None.
 
     Args:
-        asked: a folder, "auto" (the newest complete checkpoint of output_dir; from the beginning if there is none),
-            "True" (the same, and an error if there is none), or None.
+        asked: a folder, "auto" (the newest complete checkpoint of output_dir; from the beginning if there is no
+            checkpoint at all), "True" (the same, and an error then, too), or None.
     Raises:
         UserError: no such checkpoint.
     """
@@ -87,7 +86,7 @@ def incomplete(folder):
     if not os.path.exists(os.path.join(folder, saving.COMPLETE)):
         return "it was not written to its end."
     try:
-        saving.verify_saved(folder)
+        saving.verify_saved(folder, values=False)  # they were read when they were written, and every rank is here
     except UserError as error:
         return str(error)
 

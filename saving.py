@@ -38,12 +38,20 @@ def gathered(model, keep, rows=None):
     return state
 
 
-def verify_saved(folder, weights=None, moved=False):
+def refuse_infinite(weights):
+    """Raise a UserError for weights, {name: tensor}, that hold something not finite."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{name} is no longer finite; nothing was written. Lower --learning_rate.")
+
+
+def verify_saved(folder, weights=None, moved=False, values=True):
     """Open what was written: every tensor is there, has elements, is finite; an adapter has learnt something.
 
     Args:
         weights: {name: tensor} that should be there (None: known from the files alone).
         moved: whether lora_B, which starts at zero, must have moved.
+        values: whether to read the numbers, too; without, files that end early or are missing are still found.
     Raises:
         UserError: what is wrong with which file.
     """
@@ -60,6 +68,8 @@ def verify_saved(folder, weights=None, moved=False):
         try:
             with safe_open(path, "pt") as saved:
                 for name in saved.keys():
+                    if not values:
+                        continue
                     tensor = saved.get_tensor(name)
                     if not tensor.numel():
                         raise UserError(f"{path}: {name} is empty; its parts were not gathered.")

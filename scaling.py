@@ -113,10 +113,11 @@ def gpu_bytes(shape, engine, mode, gpus, tokens, checkpointing=True, dtype=torch
         LoRA: the base in the computing dtype. QLoRA: its linear layers in NF4 with double quantisation, 0.516 bytes a
             weight, of which the scales (0.016) are never shared out; one matrix at a time is computed from them.
         ZeRO: what is trained in the computing dtype; a share of its float32 masters and averages, and of gradients in
-            the computing dtype. ZeRO-2: the weights whole, two buckets of hidden size squared gradients. ZeRO-3: a share of all
-            weights; 1e9 gathered elements at most and a bucket of hidden size squared. In QLoRA all 4-bit weights that
-            a forward pass has gathered stay until its backward pass ends: bitsandbytes refers to them (FSDP2 empties
-            them all the same, and so does checkpointing, of the reentrant kind that engines.py chooses here).
+            the computing dtype. ZeRO-2: the weights whole, two buckets of hidden size squared gradients. ZeRO-3: a
+            share of all weights; 1e9 gathered elements at most and a bucket of hidden size squared. In QLoRA all 4-bit
+            weights that a forward pass has gathered stay until its backward pass ends: bitsandbytes refers to them
+            (FSDP2 empties them all the same, and so does checkpointing, of the reentrant kind that engines.py chooses
+            here).
         FSDP2: a share of everything, the trained part in float32; two layers and the head gathered in the computing
             dtype, and as much again for gradients of what is trained.
         offload: optimizer and gradients, and all but ZeRO-2's weights, are in main memory.

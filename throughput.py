@@ -14,21 +14,23 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 
 class Throughput(transformers.TrainerCallback):
     """Counts what micro-batches hold and the time of optimizer steps; evaluation and saving are not counted.
 
-    `entry()` gives, since the last call and over all processes: tokens_per_second, supervised_tokens_per_second, padding
-    (share of computed positions), memory_gb (peak of this process), minutes_left, and on known GPUs mfu, the share of
-    the peak that the model's own operations take (Megatron's count: what gradient checkpointing repeats is left out).
+    `entry()` gives, since the last call and over all processes: tokens_per_second, supervised_tokens_per_second,
+    padding (share of computed positions), memory_gb (peak of this process), minutes_left, and on known GPUs mfu, the
+    share of the peak that the model's own operations take (Megatron's count: what gradient checkpointing repeats is
+    left out).
     """
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.counts, self.flops = [], _flops(trainer.model)
+        self.counts, self.flops = (0, 0, 0), _flops(trainer.model)  # positions, tokens, supervised
         self.seconds, self.steps, self.mark = 0.0, 0, None
 
     def add(self, batch, supervised):
         """Count a micro-batch of `batches.Collator`; nothing waits for the device."""
         positions = batch["input_ids"].numel()
         mask = batch.get("attention_mask")
-        self.counts.append((positions, positions if mask is None else mask.sum(), supervised))
+        counts = positions, positions if mask is None else mask.sum(), supervised
+        self.counts = tuple(a + b for a, b in zip(self.counts, counts, strict=True))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.mark = time.perf_counter()
@@ -49,8 +51,7 @@ class Throughput(transformers.TrainerCallback):
         if not self.steps:
             return {}
         args, state = self.trainer.args, self.trainer.state
-        local = [sum(int(count) for count in column) for column in zip(*self.counts, strict=True)]
-        sums = torch.tensor(local, dtype=torch.float64, device=args.device)
+        sums = torch.tensor([int(count) for count in self.counts], dtype=torch.float64, device=args.device)
         positions, tokens, supervised = self.trainer.accelerator.reduce(sums).tolist()
         peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else _resident()
         figures = {
@@ -64,7 +65,7 @@ class Throughput(transformers.TrainerCallback):
         for gpu, flops in PEAK.items():
             if gpu in name:
                 figures["mfu"] = round(tokens * self.flops / self.seconds / args.world_size / flops, 3)
-        self.counts, self.seconds, self.steps = [], 0.0, 0
+        self.counts, self.seconds, self.steps = (0, 0, 0), 0.0, 0
         return figures
 
 

@@ -174,12 +174,14 @@ class RecipeTrainer(transformers.Trainer):
         problem = None
         if self.args.should_save:
             try:
+                saving.refuse_infinite(weights)  # before anything good is written over
                 self._save(output_dir, weights)
                 # The first step may have a learning rate of 0, and in fp16 the first ones may be skipped.
                 moved = self.state.global_step > (20 if self.args.fp16 else 1) and self.args.learning_rate > 0
                 saving.verify_saved(output_dir, weights, moved)
-            except Exception as error:
-                problem = f"{output_dir}: cannot be saved: {' '.join(str(error).split())}"
+            except Exception as error:  # told on every rank, see engines.agree
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
         engines.agree(problem)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()

@@ -3,10 +3,9 @@
     python benchmarks/bench.py                         # every variant of every shape, interleaved; a table at the end
     python benchmarks/bench.py --shape smollm2 --variant recipe --steps 4      # one run, one JSON line
 
-Shapes: smollm2 (SmolLM2-135M-Instruct, real weights), 0.1b (Qwen2 layers, 151,936 words), 0.5b (Qwen2.5-0.5B), toy; on a
-GPU also 1.5b and 7b. Variants: recipe; trl (SFTTrainer as it comes), trl_best (its fastest setting here: padding-free is
-only for flash-attention, so no checkpointing and the recipe's precision); padded (the loop of FastChat and Qwen: rows
-padded to the longest, all logits, the loss of transformers).
+Shapes: smollm2 (SmolLM2-135M-Instruct, real weights); toy, 0.1b, 0.5b, 1.5b, 7b: random Qwen2 layers, 151,936 words
+(50,000 for toy). Variants: recipe; trl (SFTTrainer as it comes); trl_best (SFTTrainer without checkpointing and in
+the recipe's precision); padded (the loop of FastChat and Qwen: rows padded to the longest, all logits).
 """
 
 import argparse

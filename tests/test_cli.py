@@ -779,3 +779,8 @@ def test_evaluation_once_an_epoch_is_what_other_flags_are_checked_against():
 def test_a_ratio_of_zero_evaluates_nothing():
     args = parsed("--eval_ratio", 0)
     assert (args.eval_strategy, args.do_eval) == ("no", False)
+
+
+def test_the_wrap_class_of_fsdp_is_left_to_the_model_and_said(capsys):
+    parsed("--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
+    assert "--fsdp_transformer_layer_cls_to_wrap has no effect any more and is left out." in capsys.readouterr().out

@@ -6,11 +6,13 @@ Each engine is started once (tests/ranks.py) and runs all its trainings; the tes
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 
 import engines
 
@@ -46,42 +48,33 @@ def data(tmp_path_factory):
     return write(folder / "rows.jsonl", 0, 45), write(folder / "held_out.jsonl", 45, 3)
 
 
+SMALL = dict(
+    vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+    num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=997, pad_token_id=997,
+)  # fmt: skip
+
+
+def random_model(folder, tokenizer, config):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def qwen3(small_tokenizer, tmp_path_factory):
     """Folder with a random two-layer Qwen3 with a head of its own and drop-out in its attention."""
-    import shutil
-
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, attention_dropout=0.1,
-        bos_token_id=None, eos_token_id=997, pad_token_id=997,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("qwen3")
-    shutil.copytree(small_tokenizer, folder, dirs_exist_ok=True)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
+    config = transformers.Qwen3Config(**SMALL, tie_word_embeddings=False, attention_dropout=0.1)
+    return random_model(tmp_path_factory.mktemp("qwen3"), small_tokenizer, config)
 
 
 @pytest.fixture(scope="module")
 def moe(small_tokenizer, tmp_path_factory):
     """Folder with a random two-layer Qwen3 mixture of four experts."""
-    import shutil
-
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(2)
-    config = Qwen3MoeConfig(
-        vocab_size=1024, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_experts=4,
-        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, head_dim=16, num_key_value_heads=2,
-        max_position_embeddings=2048, decoder_sparse_step=1, eos_token_id=997, pad_token_id=997,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("moe")
-    shutil.copytree(small_tokenizer, folder, dirs_exist_ok=True)
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    return folder
+    config = transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    return random_model(tmp_path_factory.mktemp("moe"), small_tokenizer, config)
 
 
 @pytest.fixture(scope="module")

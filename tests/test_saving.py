@@ -130,6 +130,19 @@ def test_an_adapter_that_never_moves_is_an_error_at_the_end(tiny_model, data, tm
         finetune.train(argv(tiny_model, data, tmp_path / "out", "--use_lora"))
 
 
+def test_weights_that_are_not_finite_replace_nothing(tiny_model, data, run, monkeypatch):
+    before = (run / "adapter_model.safetensors").read_bytes()
+
+    def overflow(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(UserError, match="is no longer finite; nothing was written"):
+        finetune.train(argv(tiny_model, data, run, "--use_lora", "--max_steps", 1))
+    assert (run / "adapter_model.safetensors").read_bytes() == before
+
+
 def test_an_evaluation_that_fails_at_the_end_costs_no_weights(tiny_model, data, tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("no room for the logits")
