@@ -237,7 +237,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 
 from trainer import RecipeTrainer  # noqa: E402
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Datasets: conversations -> documents of ids and labels
 
