@@ -619,3 +619,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    cli.leave()

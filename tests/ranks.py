@@ -15,6 +15,7 @@ import finetune  # isort: skip
 import torch
 from accelerate.state import AcceleratorState
 
+import cli
 import engines
 
 RANK = int(os.environ.get("RANK", 0))
@@ -75,5 +76,4 @@ def main(jobs, results):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    cli.leave()

@@ -784,3 +784,30 @@ def test_a_ratio_of_zero_evaluates_nothing():
 def test_the_wrap_class_of_fsdp_is_left_to_the_model_and_said(capsys):
     parsed("--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer")
     assert "--fsdp_transformer_layer_cls_to_wrap has no effect any more and is left out." in capsys.readouterr().out
+
+
+LEAVING = """
+import atexit, sys, threading, time
+import cli
+class Torn:
+    def __del__(self): print("the interpreter was taken apart", flush=True)
+sys.modules["torn"] = Torn()
+atexit.register(print, "exit function")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+print("end", end=" ")
+"""
+
+
+def test_a_finished_run_ends_before_the_interpreter_is_taken_apart():
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", LEAVING + last],
+            cwd=pathlib.Path(cli.__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        for last in ("cli.leave()", "")
+    ]
+    assert [done.returncode for done in ran] == [0, 0]
+    assert ran[0].stdout == "end thread\nexit function\n"
+    assert ran[1].stdout == "end thread\nexit function\nthe interpreter was taken apart\n"  # what leave() is for
