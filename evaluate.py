@@ -94,6 +94,8 @@ def answer(model, tokenizer, asked, stop_id, max_new_tokens=256, batch_size=16):
     prompt_ids = [question.prompt_ids for question in asked]
     answers = [None] * len(asked)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    # The last position of each prompt is a strided view, for each row of which torch would copy a frozen head.
+    whole = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         width = max(len(prompt_ids[i]) for i in chosen)
@@ -111,6 +113,7 @@ def answer(model, tokenizer, asked, stop_id, max_new_tokens=256, batch_size=16):
         for i, new in zip(chosen, output[:, width:].tolist()):
             new = new[: new.index(stop_id)] if stop_id in new else new
             answers[i] = tokenizer.decode(new, clean_up_tokenization_spaces=False)
+    whole.remove()
     model.config.use_cache = cache
     model.train(training)
     return answers

@@ -87,17 +87,25 @@ def test_generation_stops_by_itself_on_all_twenty_memorised_examples(memorised):
         assert answer[-1] == encoder.stop_id and answer == question.reference_ids
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 1e-2)])
-def test_the_merged_model_has_the_adapters_logits_in_a_plain_load(memorised, tmp_path, dtype, tolerance):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_merged_model_has_the_adapters_logits_in_a_plain_load(memorised, tmp_path, dtype):
     out, _ = memorised
-    assert merge.merge(str(out), str(tmp_path / "merged"), getattr(torch, dtype)) < tolerance
+    difference = merge.merge(str(out), str(tmp_path / "merged"), getattr(torch, dtype))
     adapter, tokenizer = evaluate.load(str(out), torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == getattr(torch, dtype)
-    ids = tokenizer("The capital of Peru is", return_tensors="pt").input_ids
+    ids = [tokenizer(text, return_tensors="pt").input_ids for text in merge.PROMPTS]
     with torch.no_grad():
-        expected, found = adapter(ids).logits, merged.float()(ids).logits
-    assert (found - expected).norm() / expected.norm() < tolerance
+        expected = [adapter(i).logits for i in ids]
+        rounded = adapter.merge_and_unload().to(getattr(torch, dtype))
+        found = [merged.float()(i).logits for i in ids]
+        distance = max((a - b).norm() / a.norm() for a, b in zip(found, expected, strict=True))
+    assert difference == pytest.approx(distance.item(), rel=1e-2, abs=1e-5)  # what is told is what was written
+    if dtype == "float32":
+        assert distance < 1e-4
+    # Nothing but rounding is between them, however much that moves the logits of what was learnt by heart.
+    weights = merged.state_dict()
+    assert all(torch.equal(weights[name], tensor.float()) for name, tensor in rounded.state_dict().items())
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config and config["use_cache"]
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
