@@ -5,7 +5,10 @@ conversations becomes one row of documents side by side, each with positions tha
 nothing is padded and no document sees another; or, where the model cannot do that, one padded row for each document.
 """
 
+import bisect
+import itertools
 import math
+import random
 
 import torch
 
@@ -21,8 +24,10 @@ class Collator:
         input_ids, labels: int64 [B, T].
         shift_labels: int64 [B, T], the label of the next token of the same document, or IGNORE_INDEX.
         logits_to_keep: int64 [K], the positions whose logits the loss needs.
-        position_ids int64 [1, T] and document_lengths (list of int) when padding-free, attention_mask int64 [B, T] when
-        padded.
+        position_ids int64 [1, T], cu_seq_lens_q and _k int32 [documents + 1] and max_length_q and _k (int) when
+        padding-free (0 and where documents end, and the longest: the names of transformers' flash attention);
+        attention_mask int64 [B, T] when padded; filler (int): positions that belong to no conversation, where there
+        are any.
     """
 
     def __init__(self, padding_free=True):
@@ -38,7 +43,11 @@ class Collator:
         if self.padding_free:
             batch = {name: torch.cat(parts)[None] for name, parts in _named(ids, labels, shifted)}
             batch["position_ids"] = torch.cat([torch.arange(len(part)) for part in ids])[None]
-            batch["document_lengths"] = [len(part) for part in ids]
+            ends = torch.tensor([0, *itertools.accumulate(map(len, ids))], dtype=torch.int32)
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = ends
+            batch["max_length_q"] = batch["max_length_k"] = max(map(len, ids))
+            filler = sum(len(document["input_ids"]) for document in documents if document.get("filler"))
+            batch |= {"filler": filler} if filler else {}
         else:
             lengths = torch.tensor([len(part) for part in ids])
             pad = torch.nn.utils.rnn.pad_sequence
@@ -65,8 +74,7 @@ def supervised_loss(model, batch, label_smoothing=0.0, head=None):
     Returns:
         (sum over supervised tokens: float32 scalar with a gradient, their number: int64 scalar).
     """
-    batch = dict(batch)
-    batch.pop("labels")
+    batch = {name: value for name, value in batch.items() if name not in ("labels", "filler")}
     targets = batch.pop("shift_labels")[:, batch["logits_to_keep"]].flatten()
     # A cache would make transformers treat the row as one document.
     if head is not None:
@@ -96,8 +104,64 @@ def truncated(documents, max_length):
     return result
 
 
+class Packed(torch.utils.data.Dataset):
+    """A dataset whose items are documents of several conversations, as many as fit into `tokens` tokens.
+
+    Conversations are taken in a random order (or as they come) and each goes to the open pack that it fills best; a
+    bounded number of packs is open at a time. A conversation of several documents that together are too long is shared
+    out by document. No document is cut.
+
+    Args:
+        dataset: a `SupervisedDataset` none of whose documents is longer than `tokens`.
+        seed: of the order; None keeps that of the dataset.
+        static: fill each pack up with a document of which nothing is learnt, so that all are equally long.
+    """
+
+    limit = 256  # open packs
+
+    def __init__(self, dataset, tokens, seed=None, static=False):
+        self.dataset, self.tokens, self.static = dataset, tokens, static
+        order = list(range(len(dataset)))
+        if seed is not None:
+            random.Random(seed).shuffle(order)
+        self.packs, opened = [], []  # lists of (item, document or None for all); sorted (room, pack)
+        for index, document, size in self._units(order):
+            fits = bisect.bisect_left(opened, (size, 0))
+            if fits < len(opened):
+                room, pack = opened.pop(fits)
+            else:
+                room, pack = tokens, len(self.packs)
+                self.packs.append([])
+            self.packs[pack].append((index, document))
+            bisect.insort(opened, (room - size, pack))
+            if len(opened) > self.limit:
+                del opened[0]  # the fullest
+
+    def _units(self, order):
+        for index in order:
+            size = self.dataset.sizes[self.dataset.kept[index]]
+            if size <= self.tokens:
+                yield index, None, size
+            else:
+                for number, document in enumerate(self.dataset[index]):
+                    yield index, number, len(document["input_ids"])
+
+    def __len__(self):
+        return len(self.packs)
+
+    def __getitem__(self, index):
+        documents = []
+        for item, number in self.packs[index]:
+            whole = self.dataset[item]
+            documents += whole if number is None else [whole[number]]
+        rest = self.tokens - sum(len(document["input_ids"]) for document in documents)
+        if self.static and rest:
+            documents.append({"input_ids": [0] * rest, "labels": [IGNORE_INDEX] * rest, "filler": True})
+        return documents
+
+
 class Order(torch.utils.data.Sampler):
-    """The rows of an epoch in the order that `order()` gives when the epoch starts, then those that fill it up."""
+    """The rows of an epoch in the order (int64 [rows]) that `order()` gives as it starts, then those that fill it up."""
 
     def __init__(self, order, rows, filled):
         self.order, self.rows, self.filled = order, rows, filled
@@ -106,7 +170,8 @@ class Order(torch.utils.data.Sampler):
         return self.filled
 
     def __iter__(self):
-        yield from self.order()
+        for part in self.order().split(10_000):  # a list of a million numbers takes 36 MB
+            yield from part.tolist()
         yield from range(self.rows, self.filled)
 
 

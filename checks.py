@@ -30,7 +30,7 @@ def documents_are_isolated(model, collator, length=16):
     for row in ([document], *([neighbour, document] for neighbour in neighbours)):
         batch = collator(row)
         tokens = batch["input_ids"].shape[1]
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_lengths")}
+        inputs = {name: value for name, value in batch.items() if "labels" not in name}
         inputs["logits_to_keep"] = torch.arange(tokens - length, tokens)
         moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
         logits.append(model(**moved, use_cache=False).logits.float())

@@ -246,6 +246,11 @@ def use_reentrant(zero3, frozen, quantized, deepspeed):
     return zero3 and frozen and (quantized or Version(deepspeed) <= Version("0.19.2"))
 
 
+def set_checkpointing(args, value):
+    """Gradient checkpointing on, off or (None) not yet chosen; transformers 5.23 has a second name for it."""
+    args.gradient_checkpointing = args.activation_checkpointing = value
+
+
 def settle_checkpointing(model, args, quantized):
     """Prepare the model for --gradient_checkpointing, of the kind that the engine needs unless the user chose one."""
     if not args.gradient_checkpointing:

@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import sys
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,7 @@ cli.quiet()  # before the libraries are imported
 import torch
 import transformers
 from torch.utils.data import Dataset
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -61,8 +63,8 @@ class ModelArguments:
     model_name_or_path: str = flag(None, "Folder or hub name of the model to start from. Required.")
     attn_implementation: str = flag("auto",
         "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... Default auto: packed, which never "
-        "computes one conversation against another, or sdpa for models with a sliding window. Change it for a kernel "
-        "that is faster on your GPU."
+        "computes one conversation against another; for models with a sliding window flash_attention_2 where it is "
+        "installed, else sdpa. Change it for a kernel that is faster on your GPU."
     )
     chat_template: str = flag(None,
         "Jinja file of a chat template to use and save instead of the model's own. Default none: for a base model "
@@ -93,6 +95,11 @@ class DataArguments:
     lazy_preprocess: bool = flag(False,
         "Tokenise rows when they are needed instead of all before the first step. Default False. For files of more "
         "than some 100,000 rows."
+    )
+    pack_tokens: int = flag(None,
+        "Fill each row with conversations up to so many tokens, computed apart as ever. Default none: a row holds "
+        "--per_device_train_batch_size conversations, however long. 8192 to 32768 keep a large GPU busy; each step "
+        "then learns from more conversations, as the start block says."
     )
     overlong: Literal["drop", "truncate", "error"] = flag("drop",
         "What becomes of conversations longer than --model_max_length: drop (default), truncate (after the last "
@@ -134,8 +141,8 @@ class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = flag("output", "Folder for the trained model, `best` and checkpoints. Default output.")
     cache_dir: str = flag(None, "Folder for downloaded models. Default: the hub's own; another when that disk is full.")
     model_max_length: int = flag(None,
-        "Longest conversation in tokens. Default 8192, or the model's window if that is shorter. Lower it to save "
-        "memory, raise it when the start block reports dropped rows; see --overlong."
+        "Longest conversation in tokens. Default 8192 or --pack_tokens, or the model's window if that is shorter. Lower it "
+        "to save memory, raise it when the start block reports dropped rows; see --overlong."
     )
     use_lora: bool = flag(False,
         "Train a LoRA adapter instead of all weights. Default False; it needs far less memory."
@@ -254,7 +261,8 @@ class SupervisedDataset(Dataset):
     Attributes:
         kept: numbers of the conversations in use; dropped: reason -> numbers of those that are not.
         notes: Counter of what the encoder noted; lengths: tokens of the longest document of every conversation, as it
-        was read; tokens, supervised: sums over the kept ones; examined: how many conversations these figures are of.
+        was read; sizes: tokens of all its documents in use; tokens, supervised: sums over the kept ones; examined: how
+        many conversations these figures are of.
     Raises:
         UserError: a conversation cannot be read or rendered, or none is left.
     """
@@ -264,7 +272,8 @@ class SupervisedDataset(Dataset):
     def __init__(self, conversations, encoder, max_length, overlong="drop"):
         self.conversations, self.encoder = conversations, encoder
         self.max_length, self.overlong = max_length, overlong
-        self.kept, self.dropped, self.lengths = [], {}, []
+        # A million rows are 20 MB so, and would be 100 MB in lists.
+        self.kept, self.lengths, self.sizes, self.dropped = array("q"), array("i"), array("q"), {}
         self.notes, self.tokens, self.supervised = collections.Counter(), 0, 0
         self._prepare()
         self.examined = len(self.lengths)
@@ -293,6 +302,7 @@ class SupervisedDataset(Dataset):
 
     def _count(self, number, dropped, notes, length, tokens, supervised):
         self.lengths.append(length)
+        self.sizes.append(tokens)
         self.notes.update(notes)
         if dropped:
             self.dropped.setdefault(dropped, []).append(number)
@@ -415,12 +425,12 @@ def _pretrained(kind, model_args, training_args, **options):
         ) from None
 
 
-def load_config(model_args, training_args):
+def load_config(model_args, training_args, pack_tokens=None):
     """The model's configuration, its window stretched to --model_max_length where --rope_scaling says how."""
     config = _pretrained(transformers.AutoConfig, model_args, training_args)
     window = getattr(config.get_text_config(), "max_position_embeddings", 8192)
     if training_args.model_max_length is None:
-        training_args.model_max_length = min(8192, window)
+        training_args.model_max_length = min(pack_tokens or 8192, window)
     rope.scale(config.get_text_config(), model_args.rope_scaling, training_args.model_max_length)
     return config
 
@@ -433,8 +443,8 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
     """
     options = {"config": config, "dtype": compute_dtype if training_args.use_lora else torch.float32}
     chosen = model_args.attn_implementation
-    if chosen == "auto" and training_args.padding_free and attention.can_pack(config.get_text_config()):
-        chosen = attention.PACKED
+    if chosen == "auto" and training_args.padding_free:
+        chosen = attention.choose(config.get_text_config())
     if chosen == attention.PACKED:
         attention.register()
     if chosen != "auto":
@@ -521,6 +531,14 @@ def _float32(model):
     return model
 
 
+def compile_layers(model, training_args):
+    """For --torch_compile: each layer by itself, so that all share one graph and weights keep their names."""
+    backend, training_args.torch_compile_backend = training_args.torch_compile_backend, None
+    for module in model.modules():  # accelerate, told of no backend, leaves the whole as it is
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a layer
+            module.compile(backend=backend, mode=training_args.torch_compile_mode)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
@@ -561,7 +579,7 @@ def run(model_args, data_args, training_args, lora_args):
         encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking)
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
-    config = load_config(model_args, training_args)
+    config = load_config(model_args, training_args, data_args.pack_tokens)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
     record = resume.record(model_args, data_args, training_args, lora_args, train_dataset)
     if training_args.resume_from_checkpoint:
@@ -571,12 +589,16 @@ def run(model_args, data_args, training_args, lora_args):
         preview.look(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})
         return {}
 
+    if data_args.pack_tokens:
+        seed = None if training_args.train_sampling_strategy == "sequential" else training_args.seed
+        train_dataset = batches.Packed(train_dataset, data_args.pack_tokens, seed, training_args.torch_compile)
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
     generation.stop_at(model, tokenizer, encoder)
-    engines.settle_checkpointing(model, training_args, lora_args.q_lora)
     if training_args.use_lora:
         model = add_adapter(model, training_args, lora_args)
+    if training_args.torch_compile:
+        compile_layers(model, training_args)
     trainer = RecipeTrainer(
         model=model,
         args=training_args,
@@ -594,6 +616,9 @@ def run(model_args, data_args, training_args, lora_args):
         trainer.stop_id = encoder.stop_id
     if training_args.resume_from_checkpoint:
         trainer.remember_best()
+    if training_args.gradient_checkpointing is None:
+        plan.choose_checkpointing(trainer, compute_dtype, lora_args)
+    engines.settle_checkpointing(model, training_args, lora_args.q_lora)
     say(plan.describe(trainer, compute_dtype, lora_args))
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     safe_save_model_for_hf_trainer(trainer, training_args.output_dir)

@@ -8,6 +8,6 @@ source "$here/launch.sh"
 
 launch all "All weights on all GPUs, with DeepSpeed ZeRO-3" \
   --deepspeed "$here/ds_config_zero3.json" \
-  --learning_rate 1e-5 --warmup_steps 0.01 --gradient_checkpointing True \
+  --learning_rate 1e-5 --warmup_steps 0.01 \
   --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --logging_steps 1 \
   -- "$@"

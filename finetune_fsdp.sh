@@ -8,6 +8,6 @@ source "$here/launch.sh"
 
 launch all "All weights on all GPUs, with FSDP2" \
   --fsdp --fsdp_config "$here/fsdp_config.json" \
-  --learning_rate 1e-5 --warmup_steps 0.01 --gradient_checkpointing True \
+  --learning_rate 1e-5 --warmup_steps 0.01 \
   --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --logging_steps 1 \
   -- "$@"

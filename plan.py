@@ -1,12 +1,15 @@
 """What a run will do, said before it starts: each number with what it comes from."""
 
 import math
+import os
 
 import numpy as np
 
+import batches
 import engines
 import head_loss
 import scaling
+from cli import say
 from conversations import UserError
 from hardware import dtype_name, free_disk, free_memory
 from scaling import GB
@@ -22,7 +25,7 @@ def describe(trainer, compute_dtype, lora_args):
     facts = {
         "model": _model(model, compute_dtype),
         "trained": _trained(model, args, lora_args),
-        "training rows": rows(trainer.train_dataset),
+        "training rows": rows(_conversations(trainer)),
     }
     if trainer.args.world_size > 1:
         facts["engine"] = f"{engines.name(trainer.args)}, {trainer.args.world_size} processes"
@@ -92,11 +95,21 @@ def steps(trainer):
     return total, epoch, args.get_warmup_steps(total)
 
 
+def _conversations(trainer):
+    """The SupervisedDataset, also where its conversations are packed."""
+    return getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
+
+
 def _steps(trainer):
-    args = trainer.args
+    args, dataset = trainer.args, trainer.train_dataset
     total, epoch, warmup = steps(trainer)
-    text = (
-        f"{len(trainer.train_dataset):,} rows / ({args.train_batch_size} a device x {args.gradient_accumulation_steps} "
+    text, kind = "", "rows"
+    if isinstance(dataset, batches.Packed):
+        kind, share = "packed rows", dataset.dataset.tokens / (len(dataset) * dataset.tokens)
+        text = f"rows of up to {dataset.tokens:,} tokens, {share:.1%} full; about {len(dataset.dataset) / epoch:.1f} "
+        text += "conversations an optimizer step; "
+    text += (
+        f"{len(dataset):,} {kind} / ({args.train_batch_size} a device x {args.gradient_accumulation_steps} "
         f"accumulated x {args.world_size} ranks) = {epoch:,} an epoch"
     )
     text += "; " if args.max_steps > 0 else f" x {args.num_train_epochs:g} epochs = "
@@ -106,26 +119,64 @@ def _steps(trainer):
     return text + ("; few steps: the model may learn little, raise --num_train_epochs" if total < 50 else "")
 
 
-def _memory(trainer, compute_dtype, lora_args):
-    """Estimated peak of training on one device, by its parts, against what is free now (the weights being loaded)."""
-    args, model = trainer.args, trainer.model
-    engine, shape, cpu = engines.name(args), scaling.shape_of(model), args.device.type == "cpu"
-    if cpu:
-        engine = engine.removesuffix(" offload")  # main memory is all that there is
-    mode = engines.mode(args, lora_args)
-    lengths = np.minimum(np.sort(trainer.train_dataset.lengths)[-args.train_batch_size :], args.model_max_length)
-    longest = int(lengths.sum())
+def _longest(trainer):
+    """Tokens of the largest micro-batch that may come."""
+    args, dataset = trainer.args, trainer.train_dataset
+    if isinstance(dataset, batches.Packed):
+        return dataset.tokens * args.train_batch_size
+    lengths = np.minimum(np.sort(dataset.lengths)[-args.train_batch_size :], args.model_max_length)
+    return int(lengths.sum())
+
+
+def _engine(args):
+    """The engine as far as memory goes: on a CPU there is no other one to put things off to."""
+    return engines.name(args).removesuffix(" offload") if args.device.type == "cpu" else engines.name(args)
+
+
+def _needed(trainer, compute_dtype, lora_args, checkpointing):
+    """Bytes that training takes at its peak on one device, by their parts (see scaling.py)."""
+    args, dataset, longest = trainer.args, _conversations(trainer), _longest(trainer)
     block = head_loss.BLOCK.get(args.device.type, longest)
-    supervised = int(longest * trainer.train_dataset.supervised / max(trainer.train_dataset.tokens, 1))
+    supervised = int(longest * dataset.supervised / max(dataset.tokens, 1))
     supervised = min(supervised, block) if trainer.head is not None else 2 * supervised  # whole logits, in two copies
     needed = scaling.gpu_bytes(
-        shape, engine, mode, args.world_size, longest, args.gradient_checkpointing, compute_dtype, supervised,
-        lora_args.lora_dropout,
+        scaling.shape_of(trainer.model), _engine(args), engines.mode(args, lora_args), args.world_size, longest,
+        checkpointing, compute_dtype, supervised, lora_args.lora_dropout,
     )  # fmt: skip
-    if cpu:
+    if args.device.type == "cpu":
         needed["step"] = 0  # torch takes one parameter after the other there
+    return needed
+
+
+def _room(trainer):
+    """Bytes of one device for this process: what is free, and what the loaded weights have taken already."""
+    device = trainer.args.device
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1  # processes that share it
+    return free_memory(device) // here + _loaded(trainer.model, device)
+
+
+def choose_checkpointing(trainer, compute_dtype, lora_args):
+    """Switch gradient checkpointing on where training would not fit without it. Every rank must call this."""
+    from accelerate.utils import gather_object
+
+    args = trainer.args
+    fsdp_does_it = bool(args.fsdp) and bool(args.fsdp_config.get("activation_checkpointing"))
+    needed = scaling.peak(_needed(trainer, compute_dtype, lora_args, checkpointing=False))
+    chosen = any(gather_object([needed > 0.9 * _room(trainer)])) and not fsdp_does_it
+    engines.set_checkpointing(args, chosen)
+    if chosen:
+        say(
+            f"gradient checkpointing is on: without it training takes about {needed / GB:.1f} GB; "
+            "--gradient_checkpointing False switches it off."
+        )
+
+
+def _memory(trainer, compute_dtype, lora_args):
+    """Estimated peak of training on one device, by its parts, against what is free now (the weights being loaded)."""
+    args, engine = trainer.args, _engine(trainer.args)
+    needed = _needed(trainer, compute_dtype, lora_args, args.gradient_checkpointing)
     parts = {name: f"{value / GB:.2f}" for name, value in needed.items()}
-    total, loaded, free = scaling.peak(needed), _loaded(model, args.device), free_memory(args.device)
+    total, loaded, free = scaling.peak(needed), _loaded(trainer.model, args.device), free_memory(args.device)
     text = (
         f"about {total / GB:.2f} GB = weights {parts['weights']} + gradients and optimizer "
         f"{(needed['gradients'] + needed['optimizer']) / GB:.2f}{_shared(engine, args.world_size)} + "
@@ -136,12 +187,13 @@ def _memory(trainer, compute_dtype, lora_args):
     if needed["gathered"] >= 0.005 * GB:
         text += f"copies and buckets {parts['gathered']} + "
     text += (
-        f"activations {parts['activations']} and logits {parts['logits']} of the {len(lengths)} longest rows "
-        f"({longest:,} tokens); {free / GB:.1f} GB free{' besides the weights' * bool(loaded)}"
+        f"activations {parts['activations']} and logits {parts['logits']} of the {args.train_batch_size} longest rows "
+        f"({_longest(trainer):,} tokens{', each layer computed twice' * bool(args.gradient_checkpointing)}); "
+        f"{free / GB:.1f} GB free{' besides the weights' * bool(loaded)}"
     )
-    if total - loaded > free:
-        text += "; this may not fit: lower --per_device_train_batch_size or --model_max_length, set "
-        text += "--gradient_checkpointing, or train with --q_lora"
+    if total > _room(trainer):
+        text += "; this may not fit: lower --per_device_train_batch_size or --model_max_length, "
+        text += "or train with --q_lora" if args.gradient_checkpointing else "or set --gradient_checkpointing True"
     return text
 
 

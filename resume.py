@@ -14,13 +14,14 @@ def record(model_args, data_args, training_args, lora_args, dataset):
     """What a checkpoint must remember of its run, to be compared when the run is resumed."""
     adapter = {name: value for name, value in vars(lora_args).items() if name not in ("q_lora", "lora_weight_path")}
     args = training_args
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "base model": _model(model_args.model_name_or_path),
         "mode": engines.mode(args, lora_args),
         "adapter": adapter if args.use_lora else None,
         "engine": engines.name(args).removesuffix(" offload"),
         "processes": args.world_size,
-        "rows a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "rows a step": f"{rows} of {data_args.pack_tokens} tokens" if data_args.pack_tokens else rows,
         "seed": args.seed,
         "data": _data(dataset),
         "schedule": [args.learning_rate, str(args.lr_scheduler_type), args.num_train_epochs, args.max_steps],

@@ -15,7 +15,7 @@ from evaluate import load_metric
 
 RANGES = {  # flags: (lowest value, the value to stay below)
     "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps": (1, math.inf),
-    "model_max_length lora_r lora_alpha": (1, math.inf),
+    "model_max_length pack_tokens lora_r lora_alpha": (1, math.inf),
     "num_train_epochs learning_rate weight_decay max_grad_norm preview eval_generate": (0, math.inf),
     "adam_beta1 adam_beta2 eval_ratio lora_dropout": (0, 1),
 }
@@ -43,6 +43,9 @@ def settle(model_args, data_args, training_args, lora_args, named):
     engines.check(training_args, lora_args)
     _folders(model_args, training_args)
     _sampling(data_args, training_args)
+    _packing(data_args, training_args, named)
+    if not named & {"gradient_checkpointing", "activation_checkpointing"}:
+        engines.set_checkpointing(training_args, None)  # plan.py chooses when the model is loaded
     _evaluation(data_args, training_args, named)
 
 
@@ -84,6 +87,24 @@ def _sampling(data_args, training_args):
         raise UserError("--train_sampling_strategy group_by_length needs all lengths; leave out --lazy_preprocess.")
     if data_args.validate_only or data_args.dump_tokens:
         data_args.lazy_preprocess = False  # all rows are looked at
+
+
+def _packing(data_args, training_args, named):
+    if not data_args.pack_tokens:
+        return
+    if data_args.lazy_preprocess:
+        raise UserError("--pack_tokens needs all lengths; leave out --lazy_preprocess.")
+    if training_args.train_sampling_strategy == "group_by_length":
+        raise UserError("--pack_tokens fills rows of one length; leave out --train_sampling_strategy group_by_length.")
+    if not training_args.padding_free:
+        raise UserError("--pack_tokens and --padding_free False exclude each other; leave out one of them.")
+    if "per_device_train_batch_size" not in named:
+        training_args.per_device_train_batch_size = 1
+    if "model_max_length" in named and training_args.model_max_length > data_args.pack_tokens:
+        raise UserError(
+            f"--pack_tokens {data_args.pack_tokens}: expected at least --model_max_length, "
+            f"{training_args.model_max_length}, as no conversation is cut; raise it or lower that one."
+        )
 
 
 def _evaluation(data_args, training_args, named):

@@ -83,10 +83,10 @@ class RecipeTrainer(transformers.Trainer):
         def order():  # the same on every rank, and after a resume
             generator = torch.Generator().manual_seed(seed + int(self.state.epoch or 0))
             if strategy == "random":
-                return torch.randperm(len(dataset), generator=generator).tolist()
+                return torch.randperm(len(dataset), generator=generator)
             lengths = [dataset.lengths[number] for number in dataset.kept]
             rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return list(LengthGroupedSampler(rows, lengths=lengths, generator=generator))
+            return torch.tensor(list(LengthGroupedSampler(rows, lengths=lengths, generator=generator)))
 
         return batches.Order(order, len(dataset), len(train_dataset))
 

@@ -504,7 +504,7 @@ FASTCHAT_Q = FASTCHAT_LORA | {
     "eval_steps": None,
     "save_steps": 1200,
     "save_total_limit": 100,
-    "gradient_checkpointing": False,
+    "gradient_checkpointing": None,  # not named there: by memory
     "q_lora": True,
 }
 COMMANDS = {  # the words of the original, what they set, and {steps of a run: steps of its warm-up}

@@ -181,7 +181,7 @@ def test_finetune_understands_every_word(name, start, tiny_model, tmp_path, caps
     assert model_args.model_name_or_path == str(tiny_model)
     assert training_args.use_lora == ("lora" in name) and lora_args.q_lora == ("qlora" in name)
     assert training_args.learning_rate == (3e-4 if "lora" in name else 1e-5)
-    assert training_args.gradient_checkpointing == ("lora" not in name)
+    assert training_args.gradient_checkpointing is None  # by memory, once the model is loaded
     assert finetune.parse([*got, "--learning_rate", "1e-4"])[2].learning_rate == 1e-4
 
 

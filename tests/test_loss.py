@@ -176,7 +176,10 @@ def test_the_self_test_sees_a_model_that_mixes_documents_and_training_falls_back
 ):
     mixing = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="sdpa")
     forward = mixing.forward
-    mixing.forward = lambda position_ids=None, document_lengths=None, **rest: forward(**rest)  # one long document
+    ends = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    mixing.forward = lambda position_ids=None, **rest: forward(  # one long document
+        **{name: value for name, value in rest.items() if name not in ends}
+    )
     assert not checks.documents_are_isolated(mixing, Collator())
     monkeypatch.setattr(checks, "documents_are_isolated", lambda model, collator: False)
     data = write(tmp_path / "rows.jsonl", ROWS)
@@ -200,7 +203,9 @@ def test_a_micro_batch_has_no_padding_and_keeps_its_conversations(documents):
     batch = Collator()(documents[:4])
     assert batch["input_ids"].shape == (1, sum(len(document["input_ids"]) for (document,) in documents[:4]))
     assert "attention_mask" not in batch and (batch["position_ids"] == 0).sum() == 4
-    assert batch["document_lengths"] == [len(document["input_ids"]) for (document,) in documents[:4]]
+    lengths = [len(document["input_ids"]) for (document,) in documents[:4]]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32 and batch["cu_seq_lens_q"].diff().tolist() == lengths
+    assert batch["max_length_q"] == max(lengths)
 
 
 def test_padding_is_masked_by_length_and_a_pad_token_in_the_text_stays(documents):

@@ -208,6 +208,7 @@ if "--deepspeed" in sys.argv:  # it steps before Watch is asked; the first count
 finetune.RecipeTrainer = Watched
 finetune.train(sys.argv[3:])
 pathlib.Path(sys.argv[2]).write_text(json.dumps(held[0]))
+finetune.cli.leave()
 """
 ENGINES = {
     "ZeRO-2": ["--deepspeed", ROOT / "ds_config_zero2.json"],

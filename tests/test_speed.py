@@ -71,8 +71,6 @@ def test_the_models_head_takes_over_the_loss_and_still_gives_logits(tiny_model, 
         [{"input_ids": list(range(5, 5 + n)), "labels": [IGNORE_INDEX] * 3 + list(range(8, 5 + n))}] for n in (9, 20)
     ]
     batch = Collator(padding_free)(rows)
-    if padding_free:
-        batch.pop("document_lengths")
     results = []
     for model, its_head in ((plain, None), (taught, head)):
         total, count = supervised_loss(model, batch, 0.1, its_head)
