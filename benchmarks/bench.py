@@ -9,6 +9,7 @@ the recipe's precision); padded (the loop of FastChat and Qwen: rows padded to t
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -32,8 +33,14 @@ VARIANTS = ("recipe", "trl", "trl_best", "padded")
 BATCH, RANK = 8, 16
 
 
-def rows(count, seed=0):
-    """Conversations about trains, parcels and sums, of very different length: half up to about 150 tokens."""
+def rows(count, path=None, seed=0):
+    """Conversations of a file, or else sums of letters in parcels, of very different length."""
+    if path:
+        with open(path, encoding="utf-8") as file:
+            for line in itertools.islice(file, count):
+                row = json.loads(line)
+                yield {"prompt": row["question"], "completion": row["answer"]} if "question" in row else row
+        return
     chance = random.Random(seed)
     for n in range(count):
         lines = max(1, int(chance.lognormvariate(1.6, 0.7)))
@@ -68,7 +75,10 @@ def model_folder(shape, work):
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=shape != "7b",
         max_position_embeddings=8192, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    cuda = torch.cuda.is_available()  # 7B random numbers take minutes elsewhere
+    with torch.device("cuda" if cuda else "cpu"):
+        model = Qwen2ForCausalLM(config)
+    model.to(torch.bfloat16 if cuda else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -188,12 +198,12 @@ def padded(folder, data, out, steps):
     return trained(trainer, Clock())
 
 
-def one(shape, variant, steps, work):
+def one(shape, variant, steps, work, path=None):
     """Run one variant in this process and print its JSON line."""
     import torch
 
     data = work / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows(BATCH * steps)))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(BATCH * steps, path)))
     folder = str(model_folder(shape, work))
     supervised = sum(label != -100 for row in encoded(folder, str(data))[BATCH:] for label in row["labels"])
     seconds, losses = globals()[variant](folder, str(data), str(work / "out"), steps)
@@ -207,14 +217,15 @@ def one(shape, variant, steps, work):
     }))  # fmt: skip
 
 
-def compare(shapes, variants, steps, repeats, work):
+def compare(shapes, variants, steps, repeats, work, path=None):
     """Every variant in a process of its own, in turns; a table of medians and their ratios to the recipe."""
     for shape in shapes:
         runs = {variant: [] for variant in variants}
         for _ in range(repeats):
             for variant in variants:
                 command = [sys.executable, __file__, "--shape", shape, "--variant", variant, "--steps", str(steps)]
-                done = subprocess.run([*command, "--work", work], capture_output=True, text=True)
+                more = ["--work", work, *(["--data", path] if path else [])]
+                done = subprocess.run([*command, *more], capture_output=True, text=True)
                 if done.returncode:
                     print(f"{shape} {variant} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
                     continue
@@ -243,14 +254,15 @@ def main():
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, the first of them for warming up")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--data", help="JSON Lines with messages, or with question and answer; default: made up")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "output" / "bench")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args.work.mkdir(parents=True, exist_ok=True)
     if len(args.shape) == len(args.variant) == 1:
-        one(args.shape[0], args.variant[0], args.steps, args.work)
+        one(args.shape[0], args.variant[0], args.steps, args.work, args.data)
     else:
-        compare(args.shape, args.variant, args.steps, args.repeats, args.work)
+        compare(args.shape, args.variant, args.steps, args.repeats, args.work, args.data)
 
 
 if __name__ == "__main__":
