@@ -12,19 +12,14 @@ import importlib.util
 import inspect
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from cli import say
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes fewer key heads than query heads without being told.
-    GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-
 PACKED = "packed"
+# torch 2.11 takes fewer key heads than query heads without being told.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def packed_attention(
@@ -49,7 +44,7 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    if varlen_attn is not None and kind == "cuda" and dtype.itemsize == 2 and not dropout:
+    if kind == "cuda" and dtype.itemsize == 2 and not dropout:
         row = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]  # [T, H, D]
         ends = [cu_seq_lens_q] * 2 + [max_length_q] * 2
         return varlen_attn(*row, *ends, scale=scaling, window_size=(-1, 0), **GROUPED)[None], None  # causal

@@ -35,6 +35,8 @@ class Collator:
 
     def __call__(self, conversations):
         documents = [document for documents in conversations for document in documents]
+        if not self.padding_free:  # which have a length of their own
+            documents = [document for document in documents if not document.get("filler")]
         # A rank whose share of an evaluation set is empty still runs the model, as the other ranks wait for it.
         documents = documents or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}]
         ids = [torch.tensor(document["input_ids"], dtype=torch.long) for document in documents]
@@ -161,7 +163,7 @@ class Packed(torch.utils.data.Dataset):
 
 
 class Order(torch.utils.data.Sampler):
-    """The rows of an epoch in the order (int64 [rows]) that `order()` gives as it starts, then those that fill it up."""
+    """The rows of an epoch in the order (int64 [rows]) that `order()` gives as it starts, then those to fill it up."""
 
     def __init__(self, order, rows, filled):
         self.order, self.rows, self.filled = order, rows, filled

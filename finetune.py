@@ -141,8 +141,8 @@ class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = flag("output", "Folder for the trained model, `best` and checkpoints. Default output.")
     cache_dir: str = flag(None, "Folder for downloaded models. Default: the hub's own; another when that disk is full.")
     model_max_length: int = flag(None,
-        "Longest conversation in tokens. Default 8192 or --pack_tokens, or the model's window if that is shorter. Lower it "
-        "to save memory, raise it when the start block reports dropped rows; see --overlong."
+        "Longest conversation in tokens. Default 8192 or --pack_tokens, or the model's window if that is shorter. "
+        "Lower it to save memory, raise it when the start block reports dropped rows; see --overlong."
     )
     use_lora: bool = flag(False,
         "Train a LoRA adapter instead of all weights. Default False; it needs far less memory."

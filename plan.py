@@ -176,6 +176,7 @@ def _memory(trainer, compute_dtype, lora_args):
     args, engine = trainer.args, _engine(trainer.args)
     needed = _needed(trainer, compute_dtype, lora_args, args.gradient_checkpointing)
     parts = {name: f"{value / GB:.2f}" for name, value in needed.items()}
+    rows = min(args.train_batch_size, len(trainer.train_dataset))
     total, loaded, free = scaling.peak(needed), _loaded(trainer.model, args.device), free_memory(args.device)
     text = (
         f"about {total / GB:.2f} GB = weights {parts['weights']} + gradients and optimizer "
@@ -187,7 +188,7 @@ def _memory(trainer, compute_dtype, lora_args):
     if needed["gathered"] >= 0.005 * GB:
         text += f"copies and buckets {parts['gathered']} + "
     text += (
-        f"activations {parts['activations']} and logits {parts['logits']} of the {args.train_batch_size} longest rows "
+        f"activations {parts['activations']} and logits {parts['logits']} of the {rows} longest rows "
         f"({_longest(trainer):,} tokens{', each layer computed twice' * bool(args.gradient_checkpointing)}); "
         f"{free / GB:.1f} GB free{' besides the weights' * bool(loaded)}"
     )

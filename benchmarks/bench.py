@@ -101,17 +101,24 @@ class Clock:
         return Steps()
 
 
+def watched(callback):
+    """Give the recipe's Trainer one more callback."""
+    import trainer
+
+    create = trainer.RecipeTrainer.__init__
+
+    def with_callback(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        self.add_callback(callback)
+
+    trainer.RecipeTrainer.__init__ = with_callback
+
+
 def recipe(folder, data, out, steps):
     import finetune
 
     clock = Clock()
-    create = finetune.RecipeTrainer.__init__
-
-    def with_clock(self, *args, **kwargs):
-        create(self, *args, **kwargs)
-        self.add_callback(clock)
-
-    finetune.RecipeTrainer.__init__ = with_clock
+    watched(clock)
     finetune.train(["--model_name_or_path", folder, "--data_path", data, "--output_dir", out, "--use_lora", "--lora_r",
                     str(RANK), "--lora_alpha", "32", "--lora_dropout", "0", "--max_steps", str(steps), "--save_strategy",
                     "no", "--per_device_train_batch_size", str(BATCH), "--logging_steps", "1", "--learning_rate", "1e-4",

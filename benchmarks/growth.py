@@ -18,13 +18,14 @@ import sys
 import tempfile
 import time
 
-from bench import ROOT, model_folder
+from bench import model_folder
 
 WORDS = [f"{a}{b}" for a in "ba de fi go lu mo ne pi ro su ta ve".split() for b in "bel dan for gil kon lem".split()]
 FIRST_STEP = """
 import json, resource, sys, time
 start = time.time()
 sys.path.insert(0, sys.argv[1])
+import bench
 import finetune
 
 class Done(finetune.transformers.TrainerCallback):
@@ -32,11 +33,7 @@ class Done(finetune.transformers.TrainerCallback):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"seconds": time.time() - start, "megabytes": peak / 1e6}), flush=True)
 
-create = finetune.RecipeTrainer.__init__
-def with_callback(self, *args, **kwargs):
-    create(self, *args, **kwargs)
-    self.add_callback(Done())
-finetune.RecipeTrainer.__init__ = with_callback
+bench.watched(Done())
 finetune.train(sys.argv[2:])
 """
 
@@ -63,7 +60,7 @@ def rows(work, counts):
                  "--save_strategy", "no", "--disable_tqdm", "True", "--per_device_train_batch_size", "4"]  # fmt: skip
         cells = []
         for more in [["--lazy_preprocess"]] if count > 300_000 else [["--lazy_preprocess"], [], []]:
-            command = [sys.executable, "-c", FIRST_STEP, str(ROOT), *map(str, words), *more]
+            command = [sys.executable, "-c", FIRST_STEP, str(pathlib.Path(__file__).parent), *map(str, words), *more]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
             cells += [f"{found['seconds']:.1f}", f"{found['megabytes']:.0f}"]

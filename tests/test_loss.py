@@ -196,7 +196,8 @@ def test_a_sliding_window_is_left_to_the_exact_mask(tiny_copy, tmp_path, capsys)
     )
     (tiny_copy / "config.json").write_text(json.dumps(config))
     finetune.train(argv(tiny_copy, write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"))
-    assert "attention sdpa" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "has layers with a sliding window: attention by an exact mask" in told and "attention sdpa" in told
 
 
 def test_a_micro_batch_has_no_padding_and_keeps_its_conversations(documents):

@@ -5,13 +5,13 @@ import random
 import pytest
 import torch
 from test_finetune import argv, history, write
-from test_loss import ROWS, documents, reference, relative, step  # noqa: F401
+from test_loss import ROWS, documents, reference, relative, step  # noqa: F401, F811
 from transformers import AutoModelForCausalLM
 
 import attention
 import finetune
 import plan
-from batches import Packed
+from batches import Collator, Packed
 from conversations import UserError
 
 
@@ -49,9 +49,9 @@ def test_every_conversation_is_in_one_row_and_rows_are_nearly_full(tokens, share
 
 def test_a_conversation_of_documents_that_are_too_long_together_is_shared_out_by_document():
     packed = Packed(Rows([[6, 6, 3], [5], [2]]), 8)
-    documents = [[(d["input_ids"][0], d["labels"][0], len(d["labels"])) for d in pack] for pack in packed]
-    assert sorted(sum(documents, [])) == [(0, 0, 6), (0, 1, 6), (0, 2, 3), (1, 0, 5), (2, 0, 2)]
-    assert max(sum(n for _, _, n in pack) for pack in documents) <= 8
+    found = [[(d["input_ids"][0], d["labels"][0], len(d["labels"])) for d in pack] for pack in packed]
+    assert sorted(sum(found, [])) == [(0, 0, 6), (0, 1, 6), (0, 2, 3), (1, 0, 5), (2, 0, 2)]
+    assert max(sum(n for _, _, n in pack) for pack in found) <= 8
 
 
 def test_rows_differ_with_the_seed_and_keep_the_order_of_the_file_without_one():
@@ -65,11 +65,11 @@ def test_rows_differ_with_the_seed_and_keep_the_order_of_the_file_without_one():
 @pytest.mark.parametrize("static", [False, True])
 def test_one_step_over_packed_rows_is_that_of_plain_torch(
     tiny_model,
-    documents,
+    documents,  # noqa: F811
     tmp_path,
     static,
     capsys,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     # Rows are as long as for compiled layers, which are tested further down.
     monkeypatch.setattr(finetune, "compile_layers", lambda model, args: setattr(args, "torch_compile_backend", None))
@@ -125,6 +125,13 @@ def test_a_packed_row_alone_is_a_micro_batch_and_bounds_conversations_unless_tol
     assert training_args.per_device_train_batch_size == 1 and training_args.model_max_length == 256
     _, _, training_args, _ = finetune.parse([*base, "--per_device_train_batch_size", "2", "--model_max_length", "64"])
     assert training_args.per_device_train_batch_size == 2 and training_args.model_max_length == 64
+
+
+def test_a_model_that_falls_back_to_padded_rows_needs_no_filler():
+    (pack,) = Packed(Rows([[5], [9]]), 20, static=True)
+    assert Collator()([pack])["input_ids"].shape == (1, 20) and Collator()([pack])["filler"] == 6
+    padded = Collator(padding_free=False)([pack])
+    assert padded["attention_mask"].sum(1).tolist() == [5, 9]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
