@@ -23,23 +23,19 @@ cli.quiet()  # before the libraries are imported
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-import attention
 import batches
 import conversations
 import curves
 import engines
-import evaluate
 import generation
 import nodes
 import plan
 import preview
 import resume
 import rope
-import settings
 import token_cache
 import tokens
 from batches import Collator
@@ -240,8 +236,13 @@ class LoraArguments:
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-    cli.parse(["--help"], ARGUMENTS)  # prints and exits here, before the Trainer and all that it imports
+    cli.parse(["--help"], ARGUMENTS)  # prints and exits here: what follows takes seconds to import
 
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
+
+import attention  # noqa: E402
+import evaluate  # noqa: E402
+import settings  # noqa: E402
 from trainer import RecipeTrainer  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
