@@ -35,25 +35,32 @@ class HeadLoss(torch.autograd.Function):
         wanted_hidden, wanted_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wanted_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted_weight else None
-        for start in range(0, len(hidden), BLOCK.get(kind, 2048)):
-            part = slice(start, start + BLOCK.get(kind, 2048))
-            states, wanted = hidden[part].to(dtype), targets[part]
+        block = max(1, min(len(hidden), BLOCK.get(kind, 2048)))
+        # One memory for all blocks: on a CPU the first touch of fresh pages takes longer than the arithmetic.
+        all_logits = hidden.new_empty((block, len(head)), dtype=dtype)
+        all_powers = all_logits.float()  # itself, where that is its dtype
+        for start in range(0, len(hidden), block):
+            states, wanted = hidden[start : start + block].to(dtype), targets[start : start + block]
             kept = (wanted != IGNORE_INDEX).float()
             index = wanted.clamp(min=0)[:, None]
-            logits = torch.nn.functional.linear(states, head, None if bias is None else bias.to(dtype)).float()
-            scale = logits.logsumexp(1)
-            loss = scale - (1 - smoothing) * logits.gather(1, index)[:, 0]
-            if smoothing:
-                loss = loss - smoothing * logits.mean(1)
+            logits = torch.mm(states, head.T, out=all_logits[: len(states)])
+            if bias is not None:
+                logits += bias.to(dtype)
+            exact = all_powers[: len(states)].copy_(logits)
+            wanted_logits = exact.gather(1, index)[:, 0]
+            mean = exact.mean(1) if smoothing else 0.0
+            largest = exact.amax(1)
+            powers = exact.sub_(largest[:, None]).exp_()
+            sums = powers.sum(1)
+            loss = largest + sums.log() - (1 - smoothing) * wanted_logits - smoothing * mean
             total += (loss * kept).sum()
             if wanted_hidden or wanted_weight:
-                grad = logits.sub_(scale[:, None]).exp_()  # the probabilities, in the logits' place
-                grad.scatter_add_(1, index, grad.new_full(index.shape, smoothing - 1))
+                powers.scatter_add_(1, index, (smoothing - 1) * sums[:, None])
                 if smoothing:
-                    grad -= smoothing / grad.shape[1]
-                grad = grad.mul_(kept[:, None]).to(dtype)
+                    powers -= smoothing / powers.shape[1] * sums[:, None]
+                grad = logits.copy_(powers.mul_((kept / sums)[:, None]))
                 if wanted_hidden:
-                    grad_hidden[part] = grad @ head
+                    grad_hidden[start : start + block] = grad @ head
                 if wanted_weight:
                     grad_weight += grad.T @ states
         ctx.save_for_backward(grad_hidden, grad_weight)
