@@ -96,9 +96,11 @@ def prepare(args):
     """
     if args.deepspeed and args.fsdp:
         raise UserError("--deepspeed and --fsdp exclude each other; give one of them.")
-    if not args.deepspeed and not args.fsdp:
-        return
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    if not args.deepspeed and not args.fsdp:
+        if args.use_cpu and processes > 1:
+            _start_ddp_on_cpu(args)
+        return
     if args.use_cpu and processes == 1:
         say(f"one process on a CPU has nothing to share out: {'DeepSpeed' if args.deepspeed else 'FSDP'} is left out.")
         args.deepspeed = args.fsdp = None
@@ -115,6 +117,13 @@ def prepare(args):
     elif "RANK" not in os.environ:  # plain python on one GPU
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({**alone, "MASTER_PORT": str(_free_port())})
+
+
+def _start_ddp_on_cpu(args):
+    """What transformers would do, but with --ddp_timeout, which it takes on GPUs alone."""
+    from accelerate import PartialState
+
+    PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
 
 
 def _start_on_cpu(args):

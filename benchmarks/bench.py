@@ -5,7 +5,9 @@
 
 Shapes: smollm2 (SmolLM2-135M-Instruct, real weights); toy, 0.1b, 0.5b, 1.5b, 7b: random Qwen2 layers, 151,936 words
 (50,000 for toy). Variants: recipe; trl (SFTTrainer as it comes); trl_best (SFTTrainer without checkpointing and in
-the recipe's precision); padded (the loop of FastChat and Qwen: rows padded to the longest, all logits).
+the recipe's precision); padded (the loop of FastChat and Qwen: rows padded to the longest, all logits); llamafactory
+and unsloth (as they come), which pin other versions and are left out where their environments .venv-llamafactory and
+.venv-unsloth are missing; unsloth needs a GPU.
 """
 
 import argparse
@@ -29,7 +31,8 @@ SHAPES = {  # hidden, layers, intermediate, heads, kv heads
     "1.5b": (1536, 28, 8960, 12, 2),
     "7b": (3584, 28, 18944, 28, 4),
 }
-VARIANTS = ("recipe", "trl", "trl_best", "padded")
+VARIANTS = ("recipe", "trl", "trl_best", "padded", "llamafactory", "unsloth")
+OWN_VERSIONS = ("llamafactory", "unsloth")
 BATCH, RANK = 8, 16
 
 
@@ -205,6 +208,47 @@ def padded(folder, data, out, steps):
     return trained(trainer, Clock())
 
 
+def llamafactory(folder, data, out, steps):
+    import datasets
+    import torch
+    from llamafactory.train.tuner import run_exp
+
+    tokens = pathlib.Path(out).with_name("llamafactory-tokens")
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"]), "images": None, "videos": None, "audios": None}
+            for row in encoded(folder, data)]  # fmt: skip
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(str(tokens))
+    clock = Clock()
+    run_exp(
+        dict(
+            stage="sft", do_train=True, model_name_or_path=folder, dataset="rows",
+            tokenized_path=str(tokens), template="empty",
+            finetuning_type="lora", lora_rank=RANK, lora_alpha=32, lora_dropout=0.0, lora_target="all",
+            disable_shuffling=True, output_dir=out, overwrite_output_dir=True, per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=1, max_steps=steps, learning_rate=1e-4, logging_steps=1, save_strategy="no",
+            report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+            bf16=torch.cuda.is_available(),
+        ),
+        [clock],
+    )  # fmt: skip
+    log = json.loads((pathlib.Path(out) / "trainer_state.json").read_text())["log_history"]
+    return clock.seconds, [entry["loss"] for entry in log if "loss" in entry]
+
+
+def unsloth(folder, data, out, steps):
+    from unsloth import FastLanguageModel  # isort: skip
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=8192, load_in_4bit=False)
+    model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=32, lora_dropout=0)
+    config = SFTConfig(
+        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=1e-4,
+        save_strategy="no", report_to="none", max_length=None, disable_tqdm=True, shuffle_dataset=False,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list(encoded(folder, data))
+    return trained(SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer), Clock())
+
+
 def one(shape, variant, steps, work, path=None):
     """Run one variant in this process and print its JSON line."""
     import torch
@@ -224,15 +268,21 @@ def one(shape, variant, steps, work, path=None):
     }))  # fmt: skip
 
 
+def interpreter(variant):
+    """The Python of a variant: that of its own environment, where it has one."""
+    return ROOT / f".venv-{variant}" / "bin" / "python" if variant in OWN_VERSIONS else pathlib.Path(sys.executable)
+
+
 def compare(shapes, variants, steps, repeats, work, path=None):
     """Every variant in a process of its own, in turns; a table of medians and their ratios to the recipe."""
+    variants = [variant for variant in variants if variant not in OWN_VERSIONS or interpreter(variant).exists()]
     for shape in shapes:
         runs = {variant: [] for variant in variants}
         for _ in range(repeats):
             for variant in variants:
-                command = [sys.executable, __file__, "--shape", shape, "--variant", variant, "--steps", str(steps)]
-                more = ["--work", work, *(["--data", path] if path else [])]
-                done = subprocess.run([*command, *more], capture_output=True, text=True)
+                words = ["--shape", shape, "--variant", variant, "--steps", str(steps), "--work", work]
+                words += ["--data", path] if path else []
+                done = subprocess.run([interpreter(variant), __file__, *words], capture_output=True, text=True)
                 if done.returncode:
                     print(f"{shape} {variant} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
                     continue

@@ -144,7 +144,7 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_the_evaluation_loss(
     more = ["--eval_data_path", data, "--eval_on_start", "True", "--label_smoothing_factor", 0.2]
     loss, _ = step(tmp_path, tiny_model, data, "out", *more, "--per_device_train_batch_size", 8)
     total = count = 0
-    for ((document,)) in documents:
+    for (document,) in documents:
         with torch.no_grad():
             logits = plain(input_ids=torch.tensor([document["input_ids"]]), use_cache=False).logits[0, :-1]
         labels = torch.tensor(document["labels"][1:])
@@ -161,6 +161,23 @@ def test_rows_can_be_grouped_by_length(tiny_model, tmp_path):
     for more in (["group_by_length", "--lazy_preprocess"], ["batch_rebalance"]):
         with pytest.raises(UserError, match="--train_sampling_strategy"):
             finetune.train(argv(tiny_model, data, tmp_path / "out", "--train_sampling_strategy", *more))
+
+
+@pytest.mark.parametrize("mode", [[], ["--use_lora"]], ids=["full", "lora"])
+def test_twenty_steps_in_bfloat16_stay_within_the_spread_of_two_seeds(tiny_model, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(finetune, "has_bf16", lambda cpu: True)  # slow on some processors, and right on all
+    data = pathlib.Path(finetune.__file__).parent / "data" / "train.jsonl"
+    more = ["--max_steps", 20, "--learning_rate", 2e-3, "--lora_dropout", 0, *mode]
+
+    def curve(name, *flags):
+        finetune.train(argv(tiny_model, data, tmp_path / name, *more, *flags))
+        return torch.tensor(history(tmp_path / name, "loss"))
+
+    exact = curve("exact")
+    rounded, other_seed = curve("rounded", "--bf16", "True"), curve("other seed", "--seed", 1)
+    assert exact[-5:].mean() < exact[:5].mean()
+    assert 0 < (rounded - exact).abs().max() < (other_seed - exact).abs().max()
+    assert (rounded - exact).norm() < (other_seed - exact).norm()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,10 @@
 """Head and loss in blocks give what plain torch gives; the log says how fast a run is."""
 
+import pathlib
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_finetune import ROWS, argv, history, write
@@ -124,3 +129,38 @@ def test_operations_are_six_a_trained_weight_and_four_a_frozen_one(tiny_model):
     assert throughput._flops(model) == 6 * body
     model.requires_grad_(False)
     assert throughput._flops(model) == 4 * body
+
+
+SLOW_TOKENISING = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import finetune, cli
+from tokens import ChatEncoder
+
+encoded, encode_batch = [], ChatEncoder.encode_batch
+
+def slowly(self, conversations):
+    encoded.extend(conversations)
+    time.sleep(0.25 * len(conversations))
+    return encode_batch(self, conversations)
+
+ChatEncoder.encode_batch = slowly
+finetune.train(sys.argv[1:])
+print("conversations encoded:", len(encoded), flush=True)
+cli.leave()
+"""
+
+
+@pytest.mark.slow
+def test_tokenising_on_one_rank_may_take_longer_than_a_collective(tiny_model, tmp_path):
+    data = write(tmp_path / "rows.jsonl", [{"prompt": f"slow {n}", "completion": "a"} for n in range(60)])
+    program = tmp_path / "program.py"
+    program.write_text(SLOW_TOKENISING)
+    words = argv(tiny_model, data, tmp_path / "out", "--max_steps", 1, "--ddp_timeout", 5)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    root = pathlib.Path(finetune.__file__).parent
+    done = subprocess.run([*launch, program, root, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    few, many = sorted(map(int, re.findall("conversations encoded: (\\d+)", done.stdout)))
+    assert many >= 60 and few < 60  # 15 seconds for the rank that writes, and the other only waited
+    assert len(history(tmp_path / "out", "loss")) == 1
