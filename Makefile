@@ -15,7 +15,9 @@ test-quick:
 	@./setup.sh requirements-dev.txt
 	@.venv/bin/python -m pytest -q tests -m "not slow"
 
-# This recipe beside its peers, interleaved, in an environment of its own.
+# This recipe beside its peers, interleaved, in environments of their own; what does not install is left out.
 bench:
 	@VENV=.venv-bench ./setup.sh benchmarks/requirements.txt
+	@VENV=.venv-llamafactory ./setup.sh benchmarks/llamafactory.txt || true
+	@! command -v nvidia-smi >/dev/null || VENV=.venv-unsloth ./setup.sh benchmarks/unsloth.txt || true
 	@.venv-bench/bin/python benchmarks/bench.py
