@@ -41,7 +41,7 @@ import tokens
 from batches import Collator
 from cli import say
 from conversations import Conversations, UserError, hold_out
-from hardware import best_dtype, dtype_name, has_bf16
+from hardware import best_dtype, choose_float32, dtype_name, has_bf16
 from tokens import ChatEncoder
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,6 +177,7 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.tf32:
                 say("--tf32 is for GPUs and is left out on this CPU.")
                 self.tf32 = None
+            choose_float32()
         best = best_dtype(self.use_cpu)
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16

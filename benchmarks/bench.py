@@ -1,7 +1,8 @@
 """This recipe beside its peers: same weights, same tokens and labels, same adapter, same conversations in each step.
 
-    python benchmarks/bench.py                         # every variant of every shape, interleaved; a table at the end
-    python benchmarks/bench.py --shape smollm2 --variant recipe --steps 4      # one run, one JSON line
+    python benchmarks/bench.py                 # every variant of every shape, interleaved; one JSON line a run
+    python benchmarks/bench.py table           # what they have found, kept in peers.jsonl, in Markdown
+    python benchmarks/bench.py --shape smollm2 --variant recipe --steps 4      # one run in this process
 
 Shapes: smollm2 (SmolLM2-135M-Instruct, real weights); toy, 0.1b, 0.5b, 1.5b, 7b: random Qwen2 layers, 151,936 words
 (50,000 for toy). Variants: recipe; trl (SFTTrainer as it comes); trl_best (SFTTrainer without checkpointing and in
@@ -11,6 +12,7 @@ and unsloth (as they come), which pin other versions and are left out where thei
 """
 
 import argparse
+import datetime
 import itertools
 import json
 import os
@@ -31,6 +33,7 @@ SHAPES = {  # hidden, layers, intermediate, heads, kv heads
     "1.5b": (1536, 28, 8960, 12, 2),
     "7b": (3584, 28, 18944, 28, 4),
 }
+RESULTS = pathlib.Path(__file__).parent / "peers.jsonl"
 VARIANTS = ("recipe", "trl", "trl_best", "padded", "llamafactory", "unsloth")
 OWN_VERSIONS = ("llamafactory", "unsloth")
 BATCH, RANK = 8, 16
@@ -264,7 +267,9 @@ def one(shape, variant, steps, work, path=None):
         "shape": shape, "variant": variant, "steps": steps, "supervised_tokens_per_second":
         round(supervised / sum(seconds[1:]), 1), "seconds_per_step": round(statistics.median(seconds[1:]), 3),
         "peak_gb": round(peak / 1e9, 2), "first_loss": losses[0], "last_loss": losses[-1],
-        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+        "data": os.path.basename(path) if path else "made up", "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+        "date": str(datetime.date.today()),
     }))  # fmt: skip
 
 
@@ -273,53 +278,65 @@ def interpreter(variant):
     return ROOT / f".venv-{variant}" / "bin" / "python" if variant in OWN_VERSIONS else pathlib.Path(sys.executable)
 
 
-def compare(shapes, variants, steps, repeats, work, path=None):
-    """Every variant in a process of its own, in turns; a table of medians and their ratios to the recipe."""
+def compare(shapes, variants, steps, repeats, work, results, path=None):
+    """Every variant in a process of its own, in turns; each must start from the same loss."""
     variants = [variant for variant in variants if variant not in OWN_VERSIONS or interpreter(variant).exists()]
     for shape in shapes:
-        runs = {variant: [] for variant in variants}
-        for _ in range(repeats):
-            for variant in variants:
-                words = ["--shape", shape, "--variant", variant, "--steps", str(steps), "--work", work]
-                words += ["--data", path] if path else []
-                done = subprocess.run([interpreter(variant), __file__, *words], capture_output=True, text=True)
-                if done.returncode:
-                    print(f"{shape} {variant} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
-                    continue
-                print(line := done.stdout.strip().splitlines()[-1], flush=True)
-                runs[variant].append(json.loads(line))
-        first = [run["first_loss"] for several in runs.values() for run in several]
+        first = []
+        for variant in [*variants] * repeats:
+            words = ["--shape", shape, "--variant", variant, "--steps", str(steps), "--work", work]
+            words += ["--data", path] if path else []
+            done = subprocess.run([interpreter(variant), __file__, *words], capture_output=True, text=True)
+            if done.returncode:
+                print(f"{shape} {variant} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
+                continue
+            print(line := done.stdout.strip().splitlines()[-1], flush=True)
+            first.append(json.loads(line)["first_loss"])
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
         spread = (max(first) - min(first)) / max(first)
-        print(f"\nfirst loss of all variants within {spread:.1e} of each other")
-        print(
-            f"\n| {shape} | supervised tokens/s | recipe is faster | peak GB | recipe's share |\n|---|---|---|---|---|"
-        )
-        medians = {
-            variant: [statistics.median(run[key] for run in several) for key in
-                      ("supervised_tokens_per_second", "peak_gb")]
-            for variant, several in runs.items() if several
-        }  # fmt: skip
-        for variant, (speed, memory) in medians.items():
-            ours = medians.get("recipe", (speed, memory))
-            print(f"| {variant} | {speed:.1f} | {ours[0] / speed:.2f} x | {memory:.2f} | {ours[1] / memory:.2f} x |")
-        print(flush=True)
+        print(f"{shape}: first losses within {spread:.1e} of each other", flush=True)
+        if spread > 0.01:  # bfloat16 leaves 0.003
+            sys.exit("error: the variants do not start from the same loss, so they do not do the same work")
+
+
+def table(results=RESULTS):
+    """Medians of all runs in a file, and how much slower each peer is than the recipe, in Markdown."""
+    runs = {}
+    for line in results.read_text().splitlines():
+        run = json.loads(line)
+        found = runs.setdefault(f"{run['shape']}, {run['device']}", {}).setdefault(run["variant"], [])
+        found.append((run["supervised_tokens_per_second"], run["peak_gb"]))
+    cells = {}
+    for columns in runs.values():
+        medians = {name: [statistics.median(values) for values in zip(*found)] for name, found in columns.items()}
+        for name in VARIANTS:
+            speed, memory = medians.get(name, (None, None))
+            slower = f", {medians['recipe'][0] / speed:.1f} x slower" if speed and name != "recipe" else ""
+            cells.setdefault(name, []).append(f"{speed:,.0f}{slower}, {memory:.1f} GB" if speed else "")
+    lines = [f"| supervised tokens/s | {' | '.join(runs)} |", "|---|" + "---|" * len(runs)]
+    return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in cells.items() if any(row)])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="measure", choices=["measure", "table"])
     parser.add_argument("--shape", nargs="+", default=["smollm2", "0.1b", "0.5b"], choices=["smollm2", *SHAPES])
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, the first of them for warming up")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--data", help="JSON Lines with messages, or with question and answer; default: made up")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "output" / "bench")
     args = parser.parse_args()
+    if args.what == "table":
+        return print(table(args.results))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args.work.mkdir(parents=True, exist_ok=True)
     if len(args.shape) == len(args.variant) == 1:
         one(args.shape[0], args.variant[0], args.steps, args.work, args.data)
     else:
-        compare(args.shape, args.variant, args.steps, args.repeats, args.work, args.data)
+        compare(args.shape, args.variant, args.steps, args.repeats, args.work, args.results, args.data)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,19 @@ def test_lengths_measures_each_length_and_full_rows_and_tabulates_them(tmp_path)
     assert "| TOY LoRA, rows of 1,024 | " in table and "Qwen 2023" in table
 
 
-def test_variants_start_from_the_same_loss(tmp_path):
-    losses = []
-    for variant in ("recipe", "padded"):
-        words = ["--shape", "toy", "--variant", variant, "--steps", 2, "--work", tmp_path]
-        losses.append(json.loads(output("bench.py", *words).splitlines()[-1])["first_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=5e-3)  # bfloat16, where that is fast
+def test_variants_start_from_the_same_loss_and_are_tabulated(tmp_path):
+    where = ["--results", tmp_path / "peers.jsonl"]
+    both = ["--shape", "toy", "--variant", "recipe", "padded", "--steps", 2, "--repeats", 1, "--work", tmp_path]
+    output("bench.py", *both, *where)
+    ours, padded = (json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines())
+    assert ours["first_loss"] == pytest.approx(padded["first_loss"], rel=5e-3)  # bfloat16, where that is fast
+    speed, slower = (run["supervised_tokens_per_second"] for run in (ours, padded))
+    assert f"| padded | {slower:,.0f}, {speed / slower:.1f} x slower, " in output("bench.py", "table", *where)
+
+
+@pytest.mark.parametrize("program", ["bench.py", "lengths.py"])
+def test_the_tables_in_the_readme_are_those_of_the_results(program):
+    assert output(program, "table") in (FOLDER.parent / "README.md").read_text()
 
 
 def test_rows_grow(tmp_path):

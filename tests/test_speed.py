@@ -11,6 +11,7 @@ from test_finetune import ROWS, argv, history, write
 from transformers import AutoModelForCausalLM
 
 import finetune
+import hardware
 import head_loss
 import throughput
 from batches import Collator, supervised_loss
@@ -94,6 +95,22 @@ def test_a_head_that_is_more_than_a_linear_layer_keeps_its_logits(tiny_model):
     assert head_loss.attach(model) is None
     model.config.final_logit_softcapping = None
     assert head_loss.attach(model) is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("seconds, chosen", [([2.0, 1.0], "medium"), ([1.0, 2.0], "highest")])
+def test_float32_is_multiplied_by_the_faster_library_and_exactly(monkeypatch, seconds, chosen):
+    times = iter(seconds)
+    monkeypatch.setattr(hardware, "_matmul_seconds", lambda dtype: next(times))
+    before = torch.get_float32_matmul_precision()
+    numbers = torch.randn(300, 300)
+    try:
+        hardware.choose_float32.__wrapped__()
+        found = torch.get_float32_matmul_precision()
+        error = (numbers @ numbers).double() - numbers.double() @ numbers.double()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == ("highest" if torch.cpu._is_amx_tile_supported() else chosen)
+    assert error.abs().max() < 1e-4
 
 
 def test_the_log_tells_speed_padding_memory_and_the_time_that_is_left(tiny_model, tmp_path, monkeypatch):
