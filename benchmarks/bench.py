@@ -4,6 +4,8 @@
     python benchmarks/bench.py table           # what they have found, kept in peers.jsonl, in Markdown
     python benchmarks/bench.py --shape smollm2 --variant recipe --steps 4      # one run in this process
 
+On a GPU the shapes are 1.5b and 7b with LoRA, QLoRA and all weights (--mode), conversations of 2,048 tokens (--length).
+
 Shapes: smollm2 (SmolLM2-135M-Instruct, real weights); toy, 0.1b, 0.5b, 1.5b, 7b: random Qwen2 layers, 151,936 words
 (50,000 for toy). Variants: recipe; trl (SFTTrainer as it comes); trl_best (SFTTrainer without checkpointing and in
 the recipe's precision); padded (the loop of FastChat and Qwen: rows padded to the longest, all logits); llamafactory
@@ -19,6 +21,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +37,8 @@ SHAPES = {  # hidden, layers, intermediate, heads, kv heads
     "7b": (3584, 28, 18944, 28, 4),
 }
 RESULTS = pathlib.Path(__file__).parent / "peers.jsonl"
+MODES = {"LoRA": ["--use_lora"], "QLoRA": ["--q_lora"], "full": []}  # the recipe's flags
+RATE = {"LoRA": 1e-4, "QLoRA": 1e-4, "full": 1e-5}
 VARIANTS = ("recipe", "trl", "trl_best", "padded", "llamafactory", "unsloth")
 OWN_VERSIONS = ("llamafactory", "unsloth")
 BATCH, RANK = 8, 16
@@ -58,6 +63,23 @@ def rows(count, path=None, seed=0):
             total += k
         yield {"messages": [{"role": "user", "content": question},
                             {"role": "assistant", "content": f"{'; '.join(steps)}. The answer is {total}."}]}  # fmt: skip
+
+
+def conversation(tokenizer, length):
+    """A conversation of `length` tokens or a few fewer, half of them the answer."""
+    from tokens import ChatEncoder
+
+    encoder = ChatEncoder(tokenizer)
+
+    def of(words):
+        said = " a" * (words // 2), " b" * (words - words // 2)
+        row = {"messages": [{"role": r, "content": text} for r, text in zip(("user", "assistant"), said, strict=True)]}
+        return row, len(encoder.encode(row).documents[0]["input_ids"])
+
+    words = length
+    while (found := of(words))[1] > length:
+        words -= max(1, found[1] - length)
+    return found[0]
 
 
 def model_folder(shape, work):
@@ -120,15 +142,16 @@ def watched(callback):
     trainer.RecipeTrainer.__init__ = with_callback
 
 
-def recipe(folder, data, out, steps):
+def recipe(folder, data, out, steps, mode):
     import finetune
 
     clock = Clock()
     watched(clock)
-    finetune.train(["--model_name_or_path", folder, "--data_path", data, "--output_dir", out, "--use_lora", "--lora_r",
-                    str(RANK), "--lora_alpha", "32", "--lora_dropout", "0", "--max_steps", str(steps), "--save_strategy",
-                    "no", "--per_device_train_batch_size", str(BATCH), "--logging_steps", "1", "--learning_rate", "1e-4",
-                    "--train_sampling_strategy", "sequential", "--disable_tqdm", "True"])  # fmt: skip
+    lora = ["--lora_r", RANK, "--lora_alpha", 32, "--lora_dropout", 0] if mode != "full" else []
+    words = ["--model_name_or_path", folder, "--data_path", data, "--output_dir", out, "--max_steps", steps,
+             "--save_strategy", "no", "--per_device_train_batch_size", BATCH, "--logging_steps", 1, "--disable_tqdm",
+             "True", "--train_sampling_strategy", "sequential", "--learning_rate", RATE[mode], *MODES[mode], *lora]  # fmt: skip
+    finetune.train([str(word) for word in words])
     log = json.loads((pathlib.Path(out) / "trainer_state.json").read_text())["log_history"]
     return clock.seconds, [entry["loss"] for entry in log if "loss" in entry]
 
@@ -153,42 +176,55 @@ def adapter():
     )  # fmt: skip
 
 
+def loading(mode, dtype):
+    """What from_pretrained is told: weights that are trained are float32 in every variant."""
+    import torch
+    import transformers
+
+    if mode == "QLoRA":
+        nf4 = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        return {"dtype": dtype, "quantization_config": nf4}
+    return {"dtype": torch.float32 if mode == "full" else dtype}
+
+
 def trained(trainer, clock):
     trainer.add_callback(clock)
     trainer.train()
     return clock.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trl(folder, data, out, steps, best=False):
+def trl(folder, data, out, steps, mode, best=False):
     import datasets
     import torch
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    more = {}
-    if best:
-        from hardware import best_dtype
+    from hardware import best_dtype
 
-        fast = best_dtype(not torch.cuda.is_available())
-        more = {"gradient_checkpointing": False, "bf16": fast == torch.bfloat16, "model_init_kwargs": {"dtype": fast}}
+    fast = best_dtype(not torch.cuda.is_available())
+    more = {"model_init_kwargs": loading(mode, fast)} if best or mode == "QLoRA" else {}
+    if best:
+        more |= {"gradient_checkpointing": False, "bf16": fast == torch.bfloat16}
     config = SFTConfig(
-        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=1e-4,
+        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=RATE[mode],
         save_strategy="no", report_to="none", max_length=None, train_sampling_strategy="sequential", disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), **more,
     )  # fmt: skip
     rows = datasets.Dataset.from_list(encoded(folder, data))
     trainer = SFTTrainer(
-        str(folder), args=config, train_dataset=rows, peft_config=adapter(),
+        str(folder), args=config, train_dataset=rows, peft_config=adapter() if mode != "full" else None,
         processing_class=AutoTokenizer.from_pretrained(folder),
     )  # fmt: skip
     return trained(trainer, Clock())
 
 
-def trl_best(folder, data, out, steps):
-    return trl(folder, data, out, steps, best=True)
+def trl_best(folder, data, out, steps, mode):
+    return trl(folder, data, out, steps, mode, best=True)
 
 
-def padded(folder, data, out, steps):
+def padded(folder, data, out, steps, mode):
     import datasets
     import peft
     import torch
@@ -198,20 +234,21 @@ def padded(folder, data, out, steps):
 
     fast = best_dtype(not torch.cuda.is_available())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=fast)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **loading(mode, fast))
     args = transformers.TrainingArguments(
-        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=1e-4,
+        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=RATE[mode],
         save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16, label_names=["labels"],
     )  # fmt: skip
     trainer = transformers.Trainer(
-        peft.get_peft_model(model, adapter()), args, train_dataset=datasets.Dataset.from_list(encoded(folder, data)),
+        peft.get_peft_model(model, adapter()) if mode != "full" else model, args,
+        train_dataset=datasets.Dataset.from_list(encoded(folder, data)),
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
     )  # fmt: skip
     return trained(trainer, Clock())
 
 
-def llamafactory(folder, data, out, steps):
+def llamafactory(folder, data, out, steps, mode):
     import datasets
     import torch
     from llamafactory.train.tuner import run_exp
@@ -221,15 +258,17 @@ def llamafactory(folder, data, out, steps):
             for row in encoded(folder, data)]  # fmt: skip
     datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(str(tokens))
     clock = Clock()
+    cuda = torch.cuda.is_available()
+    how = dict(finetuning_type="full") if mode == "full" else dict(
+        finetuning_type="lora", lora_rank=RANK, lora_alpha=32, lora_dropout=0.0, lora_target="all"
+    )  # fmt: skip
+    how |= dict(quantization_bit=4) if mode == "QLoRA" else {}
     run_exp(
         dict(
-            stage="sft", do_train=True, model_name_or_path=folder, dataset="rows",
-            tokenized_path=str(tokens), template="empty",
-            finetuning_type="lora", lora_rank=RANK, lora_alpha=32, lora_dropout=0.0, lora_target="all",
-            disable_shuffling=True, output_dir=out, overwrite_output_dir=True, per_device_train_batch_size=BATCH,
-            gradient_accumulation_steps=1, max_steps=steps, learning_rate=1e-4, logging_steps=1, save_strategy="no",
-            report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-            bf16=torch.cuda.is_available(),
+            stage="sft", do_train=True, model_name_or_path=folder, dataset="rows", tokenized_path=str(tokens),
+            template="empty", disable_shuffling=True, output_dir=out, overwrite_output_dir=True,
+            per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, max_steps=steps, learning_rate=RATE[mode],
+            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not cuda, bf16=cuda, **how,
         ),
         [clock],
     )  # fmt: skip
@@ -237,38 +276,45 @@ def llamafactory(folder, data, out, steps):
     return clock.seconds, [entry["loss"] for entry in log if "loss" in entry]
 
 
-def unsloth(folder, data, out, steps):
+def unsloth(folder, data, out, steps, mode):
     from unsloth import FastLanguageModel  # isort: skip
     import datasets
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=8192, load_in_4bit=False)
-    model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=32, lora_dropout=0)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=8192, load_in_4bit=mode == "QLoRA", full_finetuning=mode == "full"
+    )
+    if mode != "full":
+        model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=32, lora_dropout=0)
     config = SFTConfig(
-        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=1e-4,
+        output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=RATE[mode],
         save_strategy="no", report_to="none", max_length=None, disable_tqdm=True, shuffle_dataset=False,
     )  # fmt: skip
     rows = datasets.Dataset.from_list(encoded(folder, data))
     return trained(SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer), Clock())
 
 
-def one(shape, variant, steps, work, path=None):
+def one(shape, variant, mode, args):
     """Run one variant in this process and print its JSON line."""
     import torch
+    from transformers import AutoTokenizer
 
-    data = work / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows(BATCH * steps, path)))
-    folder = str(model_folder(shape, work))
-    supervised = sum(label != -100 for row in encoded(folder, str(data))[BATCH:] for label in row["labels"])
-    seconds, losses = globals()[variant](folder, str(data), str(work / "out"), steps)
+    data, count = args.work / "rows.jsonl", BATCH * args.steps
+    folder = str(model_folder(shape, args.work))
+    known = [conversation(AutoTokenizer.from_pretrained(folder), args.length)] * count if args.length else None
+    data.write_text("".join(json.dumps(row) + "\n" for row in known or rows(count, args.data)))
+    labels = [row["labels"] for row in encoded(folder, str(data))[BATCH:]]
+    seconds, losses = globals()[variant](folder, str(data), str(args.work / f"out-{variant}-{mode}"), args.steps, mode)
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    supervised, tokens = sum(label != -100 for row in labels for label in row), sum(map(len, labels))
     print(json.dumps({
-        "shape": shape, "variant": variant, "steps": steps, "supervised_tokens_per_second":
-        round(supervised / sum(seconds[1:]), 1), "seconds_per_step": round(statistics.median(seconds[1:]), 3),
-        "peak_gb": round(peak / 1e9, 2), "first_loss": losses[0], "last_loss": losses[-1],
-        "data": os.path.basename(path) if path else "made up", "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+        "shape": shape, "mode": mode, "variant": variant, "steps": args.steps, "supervised_tokens_per_second":
+        round(supervised / sum(seconds[1:]), 1), "tokens_per_second": round(tokens / sum(seconds[1:]), 1),
+        "seconds_per_step": round(statistics.median(seconds[1:]), 3), "peak_gb": round(peak / 1e9, 2),
+        "first_loss": losses[0], "last_loss": losses[-1],
+        "data": f"{args.length} tokens" if args.length else os.path.basename(args.data) if args.data else "made up",
+        "torch": torch.__version__, "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
         "date": str(datetime.date.today()),
     }))  # fmt: skip
 
@@ -278,25 +324,27 @@ def interpreter(variant):
     return ROOT / f".venv-{variant}" / "bin" / "python" if variant in OWN_VERSIONS else pathlib.Path(sys.executable)
 
 
-def compare(shapes, variants, steps, repeats, work, results, path=None):
+def compare(args):
     """Every variant in a process of its own, in turns; each must start from the same loss."""
-    variants = [variant for variant in variants if variant not in OWN_VERSIONS or interpreter(variant).exists()]
-    for shape in shapes:
+    variants = [variant for variant in args.variant if variant not in OWN_VERSIONS or interpreter(variant).exists()]
+    for shape, mode in itertools.product(args.shape, args.mode):
         first = []
-        for variant in [*variants] * repeats:
-            words = ["--shape", shape, "--variant", variant, "--steps", str(steps), "--work", work]
-            words += ["--data", path] if path else []
-            done = subprocess.run([interpreter(variant), __file__, *words], capture_output=True, text=True)
+        for variant in [*variants] * args.repeats:
+            words = ["--shape", shape, "--mode", mode, "--variant", variant, "--steps", args.steps, "--work", args.work]
+            words += ["--data", args.data] if args.data else []
+            words += ["--length", args.length] if args.length else []
+            command = [interpreter(variant), __file__, *words]
+            done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
             if done.returncode:
-                print(f"{shape} {variant} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
+                print(f"{shape} {mode} {variant} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
                 continue
             print(line := done.stdout.strip().splitlines()[-1], flush=True)
             first.append(json.loads(line)["first_loss"])
-            with open(results, "a", encoding="utf-8") as file:
+            with open(args.results, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        spread = (max(first) - min(first)) / max(first)
-        print(f"{shape}: first losses within {spread:.1e} of each other", flush=True)
-        if spread > 0.01:  # bfloat16 leaves 0.003
+        spread = (max(first) - min(first)) / max(first) if first else 0
+        print(f"{shape} {mode}: first losses within {spread:.1e} of each other", flush=True)
+        if spread > (0.05 if mode == "QLoRA" else 0.01):  # bfloat16 leaves 0.003; 4-bit kernels differ more
             sys.exit("error: the variants do not start from the same loss, so they do not do the same work")
 
 
@@ -305,7 +353,7 @@ def table(results=RESULTS):
     runs = {}
     for line in results.read_text().splitlines():
         run = json.loads(line)
-        found = runs.setdefault(f"{run['shape']}, {run['device']}", {}).setdefault(run["variant"], [])
+        found = runs.setdefault(f"{run['shape']} {run['mode']}, {run['device']}", {}).setdefault(run["variant"], [])
         found.append((run["supervised_tokens_per_second"], run["peak_gb"]))
     cells = {}
     for columns in runs.values():
@@ -319,13 +367,19 @@ def table(results=RESULTS):
 
 
 def main():
+    cuda = shutil.which("nvidia-smi") is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="measure", choices=["measure", "table"])
-    parser.add_argument("--shape", nargs="+", default=["smollm2", "0.1b", "0.5b"], choices=["smollm2", *SHAPES])
+    shapes = ["1.5b", "7b"] if cuda else ["smollm2", "0.1b", "0.5b"]
+    parser.add_argument("--shape", nargs="+", default=shapes, choices=["smollm2", *SHAPES])
+    parser.add_argument("--mode", nargs="+", default=list(MODES) if cuda else ["LoRA"], choices=list(MODES))
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, the first of them for warming up")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1 if cuda else 2)
     parser.add_argument("--data", help="JSON Lines with messages, or with question and answer; default: made up")
+    parser.add_argument(
+        "--length", type=int, default=2048 if cuda else None, help="tokens of each made-up conversation"
+    )
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "output" / "bench")
     args = parser.parse_args()
@@ -333,10 +387,10 @@ def main():
         return print(table(args.results))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args.work.mkdir(parents=True, exist_ok=True)
-    if len(args.shape) == len(args.variant) == 1:
-        one(args.shape[0], args.variant[0], args.steps, args.work, args.data)
+    if len(args.shape) == len(args.variant) == len(args.mode) == 1:
+        one(args.shape[0], args.variant[0], args.mode[0], args)
     else:
-        compare(args.shape, args.variant, args.steps, args.repeats, args.work, args.results, args.data)
+        compare(args)
 
 
 if __name__ == "__main__":

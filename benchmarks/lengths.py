@@ -17,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 
-from bench import Clock, model_folder, watched
+from bench import MODES, Clock, conversation, model_folder, watched
 
 RESULTS = pathlib.Path(__file__).parent / "results.jsonl"
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-MODES = {"LoRA": ["--use_lora"], "QLoRA": ["--q_lora"], "full": ["--learning_rate", "1e-5"]}
 QWEN_2023 = {  # QwenLM/Qwen README, "Profiling of Memory and Speed": one A100-80G, FlashAttention 2; GB / seconds
     "1.8B LoRA": "6.7/1.0 7.4/1.0 8.4/1.1 11.0/1.7 16.2/3.3 21.8/6.8",
     "1.8B QLoRA": "5.8/1.4 6.0/1.4 6.6/1.4 7.8/2.0 10.2/3.4 15.8/6.5",
@@ -29,23 +28,6 @@ QWEN_2023 = {  # QwenLM/Qwen README, "Profiling of Memory and Speed": one A100-8
     "7B LoRA": "20.1/1.2 20.4/1.5 21.5/2.8 23.8/5.2 29.7/10.1 36.6/21.3",
     "7B QLoRA": "11.5/3.0 11.5/3.0 12.3/3.5 13.9/7.0 16.9/11.6 23.5/22.3",
 }
-
-
-def conversation(tokenizer, length):
-    """A conversation of `length` tokens or a few fewer, half of them the answer."""
-    from tokens import ChatEncoder
-
-    encoder = ChatEncoder(tokenizer)
-
-    def of(words):
-        said = " a" * (words // 2), " b" * (words - words // 2)
-        row = {"messages": [{"role": r, "content": text} for r, text in zip(("user", "assistant"), said, strict=True)]}
-        return row, len(encoder.encode(row).documents[0]["input_ids"])
-
-    words = length
-    while (found := of(words))[1] > length:
-        words -= max(1, found[1] - length)
-    return found[0]
 
 
 def measure(shape, mode, length, pack_tokens, steps, work):
