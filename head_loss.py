@@ -13,6 +13,7 @@ import torch
 from tokens import IGNORE_INDEX
 
 BLOCK = {"cpu": 256, "cuda": 2048}  # positions at a time: enough for full speed, logits of 0.3 GB and 2.5 GB at most
+ROWS = {"cpu": 32}  # of them whose logits are looked at in float32 at a time, near enough to a CPU's cache
 
 
 class HeadLoss(torch.autograd.Function):
@@ -36,33 +37,19 @@ class HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wanted_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted_weight else None
         block = max(1, min(len(hidden), BLOCK.get(kind, 2048)))
-        # One memory for all blocks: on a CPU the first touch of fresh pages takes longer than the arithmetic.
-        all_logits = hidden.new_empty((block, len(head)), dtype=dtype)
-        all_powers = all_logits.float()  # itself, where that is its dtype
+        memory = hidden.new_empty((block, len(head)), dtype=dtype)  # fresh pages for each block would take longer
         for start in range(0, len(hidden), block):
             states, wanted = hidden[start : start + block].to(dtype), targets[start : start + block]
-            kept = (wanted != IGNORE_INDEX).float()
-            index = wanted.clamp(min=0)[:, None]
-            logits = torch.mm(states, head.T, out=all_logits[: len(states)])
+            logits = torch.mm(states, head.T, out=memory[: len(states)])
             if bias is not None:
                 logits += bias.to(dtype)
-            exact = all_powers[: len(states)].copy_(logits)
-            wanted_logits = exact.gather(1, index)[:, 0]
-            mean = exact.mean(1) if smoothing else 0.0
-            largest = exact.amax(1)
-            powers = exact.sub_(largest[:, None]).exp_()
-            sums = powers.sum(1)
-            loss = largest + sums.log() - (1 - smoothing) * wanted_logits - smoothing * mean
-            total += (loss * kept).sum()
-            if wanted_hidden or wanted_weight:
-                powers.scatter_add_(1, index, (smoothing - 1) * sums[:, None])
-                if smoothing:
-                    powers -= smoothing / powers.shape[1] * sums[:, None]
-                grad = logits.copy_(powers.mul_((kept / sums)[:, None]))
-                if wanted_hidden:
-                    grad_hidden[start : start + block] = grad @ head
-                if wanted_weight:
-                    grad_weight += grad.T @ states
+            rows = ROWS.get(kind, block)
+            for part, its_targets in zip(logits.split(rows), wanted.split(rows), strict=True):
+                total += _loss_and_gradient(part, its_targets, smoothing)
+            if wanted_hidden:
+                grad_hidden[start : start + block] = logits @ head
+            if wanted_weight:
+                grad_weight += logits.T @ states
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return total
@@ -73,6 +60,24 @@ class HeadLoss(torch.autograd.Function):
         hidden = None if hidden is None else hidden * grad.to(hidden.dtype)
         weight = None if weight is None else (weight * grad).to(ctx.dtype)
         return hidden, weight, None, None, None
+
+
+def _loss_and_gradient(logits, targets, smoothing):
+    """Summed loss of logits [N, V], which turn into its gradient."""
+    kept = (targets != IGNORE_INDEX).float()
+    index = targets.clamp(min=0)[:, None]
+    exact = logits.float()  # the logits themselves, where they are float32
+    wanted = exact.gather(1, index)[:, 0]
+    mean = exact.mean(1) if smoothing else 0.0
+    largest = exact.amax(1)
+    powers = exact.sub_(largest[:, None]).exp_()
+    sums = powers.sum(1)
+    loss = largest + sums.log() - (1 - smoothing) * wanted - smoothing * mean
+    powers.scatter_add_(1, index, (smoothing - 1) * sums[:, None])
+    if smoothing:
+        powers -= smoothing / powers.shape[1] * sums[:, None]
+    logits.copy_(powers.mul_((kept / sums)[:, None]))
+    return (loss * kept).sum()
 
 
 def attach(model):
