@@ -4,7 +4,7 @@ export PYTHON ?= python3
 # Fine-tune a real small model on data/, measured before and after; no GPU, no hub.
 demo:
 	@./setup.sh requirements.txt
-	@.venv/bin/python demo.py
+	@.venv/bin/python -m demo.demo
 
 # All tests; test-quick leaves out those that start other programs.
 test:

@@ -5,9 +5,11 @@ python chat.py --model_name_or_path output/demo
 
 import argparse
 
-import cli
-import evaluate
-from conversations import UserError
+from recipe import console
+from recipe.console import UserError
+from recipe.dataset.encoding import ChatEncoder
+from recipe.model import loading
+from recipe.training import answers
 
 
 def main():
@@ -16,12 +18,12 @@ def main():
     parser.add_argument("--system", help="System message. Default: the template's own.")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="Longest answer in tokens. Default 512.")
     args = parser.parse_args()
-    cli.quiet()
+    console.quiet()
     try:
-        model, tokenizer = evaluate.load(args.model_name_or_path)
-        stop_id = evaluate.ChatEncoder(tokenizer).stop_id
+        model, tokenizer = loading.load(args.model_name_or_path)
+        stop_id = ChatEncoder(tokenizer).stop_id
     except (UserError, ValueError) as error:  # or a tokenizer without a chat template
-        cli.fail(error)
+        console.fail(error)
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(start)
     print("Your turn. An empty line starts a new conversation, Ctrl-D ends.")
@@ -36,8 +38,8 @@ def main():
             continue
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        asked = evaluate.Question(prompt, [], "", messages)
-        (reply,) = evaluate.answer(model, tokenizer, [asked], stop_id, args.max_new_tokens)
+        asked = answers.Question(prompt, [], "", messages)
+        (reply,) = answers.answer(model, tokenizer, [asked], stop_id, args.max_new_tokens)
         print(reply)
         messages.append({"role": "assistant", "content": reply})
 

@@ -17,32 +17,25 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
-import cli
+from recipe import command_line, console
+from recipe.dataset import collator, files, packing
 
-cli.quiet()  # before the libraries are imported
+console.quiet()  # before the libraries are imported
 import torch
 import transformers
 from torch.utils.data import Dataset
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-import batches
-import conversations
-import curves
-import engines
-import generation
-import nodes
-import plan
-import preview
-import resume
-import rope
-import token_cache
-import tokens
-from batches import Collator
-from cli import say
-from conversations import Conversations, UserError, hold_out
-from hardware import best_dtype, choose_float32, dtype_name, has_bf16
-from tokens import ChatEncoder
+from recipe.console import UserError, say
+from recipe.dataset import conversations, encoding, report, tokenised
+from recipe.dataset.collator import Collator
+from recipe.dataset.conversations import Conversations, hold_out
+from recipe.dataset.encoding import ChatEncoder
+from recipe.distributed import engines, nodes
+from recipe.model import generation, rope
+from recipe.model.precision import best_dtype, choose_float32, dtype_name, has_bf16
+from recipe.training import checkpoints, curves, start_report
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -101,7 +94,7 @@ class DataArguments:
         "What becomes of conversations longer than --model_max_length: drop (default), truncate (after the last "
         "assistant turn that fits whole) or error. Change it when long ones must not be lost."
     )
-    thinking: Literal[tokens.THINKING] = flag("auto",
+    thinking: Literal[encoding.THINKING] = flag("auto",
         "Thoughts (reasoning_content, <think>): auto (default) trains those in the data and puts turns without one "
         "after the prompt of enable_thinking=False; keep trains them and puts the others after the default prompt; "
         "strip removes them; empty removes them and uses the prompt of enable_thinking=False throughout. Change it "
@@ -237,14 +230,14 @@ class LoraArguments:
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-    cli.parse(["--help"], ARGUMENTS)  # prints and exits here: what follows takes seconds to import
+    command_line.parse(["--help"], ARGUMENTS)  # prints and exits here: what follows takes seconds to import
 
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 
-import attention  # noqa: E402
-import evaluate  # noqa: E402
-import settings  # noqa: E402
-from trainer import RecipeTrainer  # noqa: E402
+from recipe import flag_rules  # noqa: E402
+from recipe.model import attention  # noqa: E402
+from recipe.training import answers  # noqa: E402
+from recipe.training.trainer import RecipeTrainer  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Datasets: conversations -> documents of ids and labels
@@ -253,7 +246,7 @@ from trainer import RecipeTrainer  # noqa: E402
 class SupervisedDataset(Dataset):
     """Conversations tokenised ahead, in batches, into a memory-mapped file that a second run opens at once.
 
-    An item is the list of documents of one conversation (see `tokens.Encoded`).
+    An item is the list of documents of one conversation (see `encoding.Encoded`).
 
     Args:
         conversations: a `Conversations`.
@@ -284,22 +277,26 @@ class SupervisedDataset(Dataset):
             raise UserError(f"no row is left to use: {reasons}. Raise --model_max_length or mend the data.")
 
     def _prepare(self):
-        self.rows = token_cache.rows(self._generate, self._fingerprint())
-        for number, figures in enumerate(token_cache.figures(self.rows)):
+        self.rows = tokenised.rows(self._generate, self._fingerprint())
+        for number, figures in enumerate(tokenised.figures(self.rows)):
             self._count(number, *figures)
 
     def _generate(self):
         from tqdm import tqdm
 
         total = len(self.conversations)
-        with tqdm(total=total, desc="tokenising", unit=" rows", disable=total < self.batch or cli.rank() > 0) as bar:
+        with tqdm(
+            total=total, desc="tokenising", unit=" rows", disable=total < self.batch or console.rank() > 0
+        ) as bar:
             for start in range(0, total, self.batch):
                 rows = self.encode(range(start, min(start + self.batch, total)))
                 yield from rows
                 bar.update(len(rows))
 
     def _fingerprint(self):
-        code = [inspect.getsource(part) for part in (tokens, conversations, batches, SupervisedDataset)]
+        code = [
+            inspect.getsource(part) for part in (encoding, conversations, files, collator, tokenised, SupervisedDataset)
+        ]
         return [*code, self.conversations.fingerprint(), self.encoder.fingerprint(), self.max_length, self.overlong]
 
     def _count(self, number, dropped, notes, length, tokens, supervised):
@@ -338,10 +335,10 @@ class SupervisedDataset(Dataset):
                     f"{self.conversations.where(number)}: {length} tokens, expected at most {self.max_length}; raise "
                     "--model_max_length or set --overlong drop."
                 )
-            documents = batches.truncated(documents, self.max_length) if self.overlong == "truncate" else []
+            documents = tokenised.truncated(documents, self.max_length) if self.overlong == "truncate" else []
             dropped = "" if documents else f"longer than {self.max_length} tokens"
             notes += ["cut after the last turn that fits"] * bool(documents)
-        count = [sum(label != tokens.IGNORE_INDEX for label in document["labels"]) for document in documents]
+        count = [sum(label != encoding.IGNORE_INDEX for label in document["labels"]) for document in documents]
         return dict(documents=documents, dropped=dropped, notes=notes, length=length, supervised=sum(count),
                     tokens=sum(len(document["input_ids"]) for document in documents))  # fmt: skip
 
@@ -366,7 +363,7 @@ class LazySupervisedDataset(SupervisedDataset):
         for start in range(0, self.scanned, self.batch):
             numbers = range(start, min(start + self.batch, self.scanned))
             for number, row in zip(numbers, self.encode(numbers), strict=True):
-                self._count(number, *(row[name] for name in token_cache.FIGURES))
+                self._count(number, *(row[name] for name in tokenised.FIGURES))
 
     def __len__(self):
         return len(self.kept) + len(self.conversations) - self.scanned
@@ -558,11 +555,11 @@ def safe_save_model_for_hf_trainer(trainer, output_dir):
 
 def parse(argv):
     """The four argument instances of a command line; raises UserError for what cannot be meant."""
-    named = cli.given(argv)
+    named = command_line.given(argv)
     if named & {"eval_data_path", "eval_ratio"} and not named & {"eval_strategy", "evaluation_strategy"}:
         argv = [*argv, "--eval_strategy=epoch"]
-    arguments = cli.parse(argv, ARGUMENTS, notice=say)
-    settings.settle(*arguments, named)
+    arguments = command_line.parse(argv, ARGUMENTS, notice=say)
+    flag_rules.settle(*arguments, named)
     return arguments
 
 
@@ -583,17 +580,17 @@ def run(model_args, data_args, training_args, lora_args):
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args, data_args.pack_tokens)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
-    record = resume.record(model_args, data_args, training_args, lora_args, train_dataset)
+    record = checkpoints.record(model_args, data_args, training_args, lora_args, train_dataset)
     if training_args.resume_from_checkpoint:
-        resume.compare(training_args.resume_from_checkpoint, record, training_args.ignore_data_skip)
+        checkpoints.compare(training_args.resume_from_checkpoint, record, training_args.ignore_data_skip)
 
     if data_args.preview or data_args.validate_only or data_args.dump_tokens:
-        preview.look(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})
+        report.look(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})
         return {}
 
     if data_args.pack_tokens:
         seed = None if training_args.train_sampling_strategy == "sequential" else training_args.seed
-        train_dataset = batches.Packed(train_dataset, data_args.pack_tokens, seed, training_args.torch_compile)
+        train_dataset = packing.Packed(train_dataset, data_args.pack_tokens, seed, training_args.torch_compile)
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
     generation.stop_at(model, tokenizer, encoder)
@@ -613,15 +610,15 @@ def run(model_args, data_args, training_args, lora_args):
     if data_args.eval_generate:
         held_out = (dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept)
         chosen = list(itertools.islice(held_out, data_args.eval_generate))
-        trainer.questions = evaluate.questions(chosen, encoder, training_args.model_max_length)
-        trainer.metric = evaluate.load_metric(data_args.metric) if data_args.metric else None
+        trainer.questions = answers.questions(chosen, encoder, training_args.model_max_length)
+        trainer.metric = answers.load_metric(data_args.metric) if data_args.metric else None
         trainer.stop_id = encoder.stop_id
     if training_args.resume_from_checkpoint:
         trainer.remember_best()
     if training_args.gradient_checkpointing is None:
-        plan.choose_checkpointing(trainer, compute_dtype, lora_args)
+        start_report.choose_checkpointing(trainer, compute_dtype, lora_args)
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
-    say(plan.describe(trainer, compute_dtype, lora_args))
+    say(start_report.describe(trainer, compute_dtype, lora_args))
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
     trainer.save_state()
@@ -641,9 +638,9 @@ def main():
     try:
         train()
     except UserError as error:
-        cli.fail(error)
+        console.fail(error)
 
 
 if __name__ == "__main__":
     main()
-    cli.leave()
+    console.leave()

@@ -7,7 +7,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/launch.sh"
 
 launch all "All weights on all GPUs, with FSDP2" \
-  --fsdp --fsdp_config "$here/fsdp_config.json" \
+  --fsdp --fsdp_config "$here/recipe/distributed/fsdp_config.json" \
   --learning_rate 1e-5 --warmup_steps 0.01 \
   --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --logging_steps 1 \
   -- "$@"

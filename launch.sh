@@ -116,11 +116,11 @@ read_config() {
     "$python" - "$here" "${config[0]}" <<'END'
 import sys
 sys.path.insert(0, sys.argv[1])
-import cli
+from recipe import command_line as cli, console
 try:
     names = cli.given(sys.argv[2:])
-except cli.UserError as error:
-    cli.fail(error)
+except console.UserError as error:
+    console.fail(error)
 print(*names, *(new for old, new in cli.RENAMED.items() if old in names), sep="\n")
 print(*(old for old, new in cli.RENAMED.items() if new in names), sep="\n")
 END
@@ -251,10 +251,10 @@ start_all() {
     expect MASTER_PORT 1 65535
     if [[ ! $MASTER_ADDR =~ ^[[:alnum:]_.:-]+$ ]]; then fail "MASTER_ADDR=$MASTER_ADDR: expected a name or an address."; fi
     export NNODES NODE_RANK MASTER_ADDR MASTER_PORT
-    "$python" "$here/nodes.py" || exit $?
+    PYTHONPATH=$here "$python" "$here/recipe/distributed/nodes.py" || exit $?
     nodes=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   fi
-  finetune "$python" "$here/nodes.py" "${nodes[@]}" --nproc_per_node "$NPROC_PER_NODE"
+  PYTHONPATH=$here finetune "$python" "$here/recipe/distributed/nodes.py" "${nodes[@]}" --nproc_per_node "$NPROC_PER_NODE"
 }
 
 finetune() {

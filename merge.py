@@ -12,11 +12,10 @@ import os
 
 import torch
 
-import cli
-import evaluate
-import generation
-from conversations import UserError
-from hardware import dtype_name
+from recipe import console
+from recipe.console import UserError
+from recipe.model import generation, loading
+from recipe.model.precision import dtype_name
 
 TOLERANCE = 1e-4  # norm of the difference / norm of the logits, in float32; a good merge has some 1e-6
 ROUNDING = 1e-2  # the same after rounding to bfloat16 or float16, as a rule below this
@@ -34,7 +33,7 @@ def merge(adapter, output, dtype=torch.bfloat16):
     """
     if not os.path.exists(os.path.join(adapter, "adapter_config.json")):
         raise UserError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter.")
-    model, tokenizer = evaluate.load(adapter, torch.float32, device="cpu")
+    model, tokenizer = loading.load(adapter, torch.float32, device="cpu")
     _all_weights_placed(model, adapter)
     before = _logits(model, tokenizer)
     model = model.merge_and_unload()
@@ -92,11 +91,11 @@ def main():
     parser.add_argument("--output", required=True, help="Folder for the merged model.")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="Precision.")
     args = parser.parse_args()
-    cli.quiet()
+    console.quiet()
     try:
         difference = merge(args.adapter, args.output, getattr(torch, args.dtype))
     except UserError as error:
-        cli.fail(error)
+        console.fail(error)
     print(f"{args.output}: merged; logits differ from the adapter's by {difference:.1e}")
 
 

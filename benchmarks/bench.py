@@ -67,7 +67,7 @@ def rows(count, path=None, seed=0):
 
 def conversation(tokenizer, length):
     """A conversation of `length` tokens or a few fewer, half of them the answer."""
-    from tokens import ChatEncoder
+    from recipe.dataset.encoding import ChatEncoder
 
     encoder = ChatEncoder(tokenizer)
 
@@ -84,7 +84,7 @@ def conversation(tokenizer, length):
 
 def model_folder(shape, work):
     """Folder of the model: real weights for smollm2, random ones of a shape else (the tokenizer is SmolLM2's)."""
-    import demo_model
+    from demo import demo_model
 
     real = demo_model.demo_model()
     if shape == "smollm2":
@@ -131,7 +131,7 @@ class Clock:
 
 def watched(callback):
     """Give the recipe's Trainer one more callback."""
-    import trainer
+    from recipe.training import trainer
 
     create = trainer.RecipeTrainer.__init__
 
@@ -160,8 +160,8 @@ def encoded(folder, data):
     """The recipe's own tokens and labels, so that every variant learns the same."""
     from transformers import AutoTokenizer
 
-    from conversations import Conversations
-    from tokens import ChatEncoder
+    from recipe.dataset.conversations import Conversations
+    from recipe.dataset.encoding import ChatEncoder
 
     encoder, conversations = ChatEncoder(AutoTokenizer.from_pretrained(folder)), Conversations([data])
     documents = [encoder.encode(conversations[n]).documents[0] for n in range(len(conversations))]
@@ -201,7 +201,7 @@ def trl(folder, data, out, steps, mode, best=False):
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from hardware import best_dtype
+    from recipe.model.precision import best_dtype
 
     fast = best_dtype(not torch.cuda.is_available())
     more = {"model_init_kwargs": loading(mode, fast)} if best or mode == "QLoRA" else {}
@@ -230,7 +230,7 @@ def padded(folder, data, out, steps, mode):
     import torch
     import transformers
 
-    from hardware import best_dtype
+    from recipe.model.precision import best_dtype
 
     fast = best_dtype(not torch.cuda.is_available())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

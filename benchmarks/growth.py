@@ -73,10 +73,10 @@ def steps(work, shapes):
     import torch
     from transformers import AutoModelForCausalLM
 
-    import attention
-    import head_loss
-    from batches import Collator, supervised_loss
-    from hardware import best_dtype
+    from recipe.dataset.collator import Collator
+    from recipe.model import attention, loss
+    from recipe.model.loss import supervised_loss
+    from recipe.model.precision import best_dtype
 
     attention.register()
     model = AutoModelForCausalLM.from_pretrained(
@@ -84,7 +84,7 @@ def steps(work, shapes):
     )
     model.requires_grad_(False)
     model.enable_input_require_grads()
-    head = head_loss.attach(model)
+    head = loss.attach(model)
     for lengths in shapes:
         ids = torch.randint(1000, 40_000, (sum(lengths),)).tolist()
         documents = [[{"input_ids": ids[:n], "labels": [-100] * (n // 2) + ids[n // 2 : n]}] for n in lengths]
@@ -116,7 +116,7 @@ def documents(work, tokens=4096):
 def turns(work):
     from transformers import AutoTokenizer
 
-    from tokens import ChatEncoder
+    from recipe.dataset.encoding import ChatEncoder
 
     encoder, chance = ChatEncoder(AutoTokenizer.from_pretrained(model_folder("toy", work))), random.Random(0)
     counts, found = (2, 8, 32, 128, 512), []

@@ -38,7 +38,7 @@ def measure(shape, mode, length, pack_tokens, steps, work):
     from transformers import AutoTokenizer
 
     import finetune  # which bench has put on the path
-    from hardware import best_dtype, dtype_name
+    from recipe.model.precision import best_dtype, dtype_name
 
     folder = model_folder(shape, work)
     row = conversation(AutoTokenizer.from_pretrained(folder), length)

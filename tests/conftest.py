@@ -5,49 +5,27 @@ import functools
 import importlib.resources
 import os
 import pathlib
-import sys
 import tempfile
 
 import pytest
+from helpers import (
+    CONTROL_TOKENS,
+    GEMMA_TOKENS,
+    LLAMA3_TOKENS,
+    MARKUP,
+    PHI3_TOKENS,
+    QWEN3_MARKUP,
+    ROOT,
+    TEMPLATES,
+    UNEVEN_ROWS,
+    template,
+    write,
+)  # fmt: skip
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 TOKEN_CACHE = tempfile.TemporaryDirectory()  # the user's own cache stays as it is
 os.environ["HF_DATASETS_CACHE"] = TOKEN_CACHE.name
-
-# The added tokens of the real Qwen tokenizers, in the order of their ids; 151643 to 151656 are special, the rest not.
-CONTROL_TOKENS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
-MARKUP = [
-    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
-    "<|file_sep|>",
-]  # fmt: skip
-QWEN3_MARKUP = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # 151665 to 151668
-LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-GEMMA_TOKENS = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
-PHI3_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]  # they swallow the white space that follows them
-TEMPLATES = [
-    "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "llama3",
-    "gemma", "gemma3", "phi3", "smollm2",
-]  # fmt: skip
-SMOLLM2 = (  # of SmolLM2-135M-Instruct
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
-    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def template(name):
-    """A chat template by its name in the trl package, or that of SmolLM2."""
-    if name == "smollm2":
-        return SMOLLM2
-    return (importlib.resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -162,3 +140,17 @@ def tiny_copy(tiny_model, tmp_path):
     import shutil
 
     return pathlib.Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def documents(tiny_model, tmp_path_factory):
+    """Documents of UNEVEN_UNEVEN_ROWS by the tiny model's tokenizer, a list for each row."""
+    from transformers import AutoTokenizer
+
+    from recipe.dataset.conversations import Conversations
+    from recipe.dataset.encoding import ChatEncoder
+
+    path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", UNEVEN_ROWS)
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(tiny_model))
+    conversations = Conversations([str(path)])
+    return [encoder.encode(conversations[i]).documents for i in range(len(UNEVEN_ROWS))]

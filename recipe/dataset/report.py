@@ -1,0 +1,85 @@
+"""Look at what would be trained: in colour, or as JSON Lines of ids and labels."""
+
+import json
+import sys
+
+import numpy as np
+
+from recipe import console
+from recipe.console import UserError, say
+from recipe.dataset.encoding import IGNORE_INDEX
+
+COLOUR, END = "\033[30;42m", "\033[0m"
+
+
+def look(data_args, tokenizer, datasets):
+    """--dump_tokens, --preview and --validate_only: what would be trained, without a model."""
+    if console.rank():
+        return
+    if data_args.dump_tokens:
+        dump(datasets["training"], data_args.dump_tokens)
+        say(f"{data_args.dump_tokens}: {len(datasets['training']):,} conversations in tokens")
+    if data_args.preview:
+        show(datasets["training"], tokenizer, data_args.preview)
+    if data_args.validate_only:
+        for name, dataset in datasets.items():
+            say(f"{name} rows: {rows(dataset)}")
+        say("verdict: the data can be trained; every label was read back and compared with its turn.")
+
+
+def show(dataset, tokenizer, count, stream=None):
+    """Print conversations with their supervised tokens on green, or between ⟦ ⟧ where the output is no terminal."""
+    stream = stream or sys.stdout
+    before, after = (COLOUR, END) if stream.isatty() else ("⟦", "⟧")
+    for index in range(min(count, len(dataset))):
+        documents = dataset[index]
+        for number, document in enumerate(documents, 1):
+            part = f", document {number} of {len(documents)}" if len(documents) > 1 else ""
+            supervised = sum(label != IGNORE_INDEX for label in document["labels"])
+            source = dataset.conversations.where(dataset.kept[index])
+            print(f"--- {source}{part}: {len(document['input_ids'])} tokens, {supervised} supervised", file=stream)
+            print("".join(_marked(document, tokenizer, before, after)), file=stream)
+
+
+def _marked(document, tokenizer, before, after):
+    ids, labels, start = document["input_ids"], document["labels"], 0
+    for position in range(1, len(ids) + 1):
+        if position == len(ids) or (labels[position] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
+            text = tokenizer.decode(ids[start:position], clean_up_tokenization_spaces=False)
+            yield text if labels[start] == IGNORE_INDEX else before + text + after
+            start = position
+
+
+def dump(dataset, path):
+    """Write one JSON object for each document: `input_ids`, `labels`, `source` (file and record) and `turns`."""
+    try:
+        file = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--dump_tokens {path}: cannot be written ({error.strerror}).") from None
+    with file:
+        for index in range(len(dataset)):
+            source = dataset.conversations.where(dataset.kept[index])
+            for document in dataset[index]:
+                file.write(json.dumps({**document, "source": source}) + "\n")
+
+
+def rows(dataset):
+    """How many conversations were read, kept, dropped and why, and what they hold."""
+    total, max_length = len(dataset.conversations), dataset.max_length
+    shapes = ", ".join(f"{name} ({shape})" for name, shape in dataset.conversations.shapes().items())
+    lines = [f"{total:,} read from {shapes}"]
+    if dataset.examined < total:
+        lines.append(f"figures of the first {dataset.examined:,}, the others are looked at when their turn comes")
+    lines.append(f"{len(dataset.kept):,} kept")
+    for reason, numbers in dataset.dropped.items():
+        places = ", ".join(dataset.conversations.where(number) for number in numbers[:5])
+        lines.append(f"{len(numbers):,} dropped, {reason}: {places}{', ...' * (len(numbers) > 5)}")
+    lines += [f"{count:,} {note}" for note, count in dataset.notes.items()]
+    share = dataset.supervised / max(dataset.tokens, 1)
+    lines.append(f"{dataset.tokens:,} tokens, {dataset.supervised:,} of them supervised ({share:.0%})")
+    half, most, nearly, longest = (int(x) for x in np.percentile(dataset.lengths, [50, 90, 99, 100]))
+    text = f"lengths: half up to {half}, 90 % up to {most}, 99 % up to {nearly}, the longest {longest} tokens"
+    lines.append(text + f", --model_max_length {max_length}")
+    if len(dataset.dropped.get(f"longer than {max_length} tokens", [])) > 0.01 * dataset.examined:
+        lines.append(f"--model_max_length {nearly} would keep 99 %")
+    return "\n  ".join(lines)

@@ -1,0 +1,126 @@
+"""What flags mean together: contradictions and wrong values are told before anything is loaded.
+
+Takes the four instances of finetune.py's argument classes, which know one field each and nothing of the others.
+"""
+
+import math
+import os
+from dataclasses import fields
+
+from recipe.console import UserError, say
+from recipe.distributed import engines
+from recipe.training import checkpoints
+from recipe.training.answers import load_metric
+
+RANGES = {  # flags: (lowest value, the value to stay below)
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps": (1, math.inf),
+    "model_max_length pack_tokens lora_r lora_alpha": (1, math.inf),
+    "num_train_epochs learning_rate weight_decay max_grad_norm preview eval_generate": (0, math.inf),
+    "adam_beta1 adam_beta2 eval_ratio lora_dropout": (0, 1),
+}
+NO_EFFECT = set(  # inherited flags that only other scripts or other kinds of evaluation read
+    "do_predict include_for_metrics batch_eval_metrics eval_do_concat_batches label_names use_cache length_column_name "
+    "prediction_loss_only remove_unused_columns".split()
+)
+
+
+def settle(model_args, data_args, training_args, lora_args, named):
+    """Check the arguments against each other and fill in what follows from them.
+
+    Args:
+        named: names of the flags that were given.
+    Raises:
+        UserError: what was found, what was expected.
+    """
+    for name, value in (("model_name_or_path", model_args.model_name_or_path), ("data_path", data_args.data_path)):
+        if not value:
+            raise UserError(f"--{name} is required; see --help.")
+    _in_range({**vars(model_args), **vars(data_args), **vars(training_args), **vars(lora_args)})
+    for name in sorted(named & NO_EFFECT):
+        say(f"--{name} has no effect in this script.")
+    _lora(training_args, lora_args, named)
+    engines.check(training_args, lora_args)
+    _folders(model_args, training_args)
+    _sampling(data_args, training_args)
+    _packing(data_args, training_args, named)
+    if not named & {"gradient_checkpointing", "activation_checkpointing"}:
+        engines.set_checkpointing(training_args, None)  # plan.py chooses when the model is loaded
+    _evaluation(data_args, training_args, named)
+
+
+def _in_range(values):
+    for names, (lowest, limit) in RANGES.items():
+        for name in names.split():
+            if values[name] is not None and not lowest <= values[name] < limit:
+                below = f" and below {limit}" if limit < math.inf else ""
+                raise UserError(f"--{name} {values[name]}: expected a number of at least {lowest}{below}.")
+
+
+def _lora(training_args, lora_args, named):
+    given = [name for name in (part.name for part in fields(lora_args)) if name in named and getattr(lora_args, name)]
+    if given and not training_args.use_lora:
+        if "use_lora" in named:
+            raise UserError("--use_lora False contradicts the LoRA flags; remove one of them.")
+        training_args.use_lora = True
+        say("LoRA flags are given: training a LoRA adapter (--use_lora).")
+    folder = lora_args.lora_weight_path
+    if folder and len(given) > 1:
+        say("--lora_weight_path: the adapter's own rank, alpha, dropout and modules are used.")
+    if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise UserError(f"--lora_weight_path {folder}: holds no adapter_config.json, so no adapter.")
+
+
+def _folders(model_args, training_args):
+    folder = training_args.output_dir
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--output_dir {folder}: is a file; expected a folder, or a new name.")
+    if os.path.realpath(folder) == os.path.realpath(model_args.model_name_or_path):
+        raise UserError(f"--output_dir {folder}: is the model to start from; name another folder.")
+    training_args.resume_from_checkpoint = checkpoints.find(training_args.resume_from_checkpoint, folder)
+
+
+def _sampling(data_args, training_args):
+    if training_args.train_sampling_strategy == "batch_rebalance":
+        raise UserError("--train_sampling_strategy batch_rebalance: expected random, sequential or group_by_length.")
+    if training_args.train_sampling_strategy == "group_by_length" and data_args.lazy_preprocess:
+        raise UserError("--train_sampling_strategy group_by_length needs all lengths; leave out --lazy_preprocess.")
+    if data_args.validate_only or data_args.dump_tokens:
+        data_args.lazy_preprocess = False  # all rows are looked at
+
+
+def _packing(data_args, training_args, named):
+    if not data_args.pack_tokens:
+        return
+    if data_args.lazy_preprocess:
+        raise UserError("--pack_tokens needs all lengths; leave out --lazy_preprocess.")
+    if training_args.train_sampling_strategy == "group_by_length":
+        raise UserError("--pack_tokens fills rows of one length; leave out --train_sampling_strategy group_by_length.")
+    if not training_args.padding_free:
+        raise UserError("--pack_tokens and --padding_free False exclude each other; leave out one of them.")
+    if "per_device_train_batch_size" not in named:
+        training_args.per_device_train_batch_size = 1
+    if "model_max_length" in named and training_args.model_max_length > data_args.pack_tokens:
+        raise UserError(
+            f"--pack_tokens {data_args.pack_tokens}: expected at least --model_max_length, "
+            f"{training_args.model_max_length}, as no conversation is cut; raise it or lower that one."
+        )
+
+
+def _evaluation(data_args, training_args, named):
+    from transformers import IntervalStrategy
+
+    something = bool(data_args.eval_data_path or data_args.eval_ratio)
+    if data_args.eval_ratio and data_args.eval_data_path:
+        raise UserError("--eval_ratio and --eval_data_path exclude each other; give one of them.")
+    if data_args.metric and not data_args.eval_generate:
+        raise UserError("--metric measures the answers of --eval_generate; give that, too.")
+    if data_args.metric:
+        load_metric(data_args.metric)
+    remedy = "add --eval_data_path or --eval_ratio."
+    if data_args.eval_generate and not something:
+        raise UserError(f"--eval_generate needs held-out conversations; {remedy}")
+    if not something and training_args.eval_strategy != "no":
+        if "eval_strategy" in named:
+            raise UserError(f"--eval_strategy is set but there is nothing to evaluate; {remedy}")
+        say("there is nothing to evaluate: training without evaluation; see --eval_data_path and --eval_ratio.")
+        training_args.eval_strategy, training_args.do_eval = IntervalStrategy.NO, False

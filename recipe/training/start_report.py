@@ -1,0 +1,211 @@
+"""What a run will do, said before it starts: each number with what it comes from."""
+
+import math
+import os
+
+import numpy as np
+
+from recipe.console import UserError, say
+from recipe.dataset import packing, report
+from recipe.distributed import engines, weights
+from recipe.model.loss import BLOCK
+from recipe.model.precision import dtype_name
+from recipe.training import memory
+from recipe.training.memory import GB, free_disk, free_memory
+
+
+def describe(trainer, compute_dtype, lora_args):
+    """The block of lines printed before training.
+
+    Raises:
+        UserError: a checkpoint would not fit on the disk.
+    """
+    args, model = trainer.args, trainer.model
+    facts = {
+        "model": _model(model, compute_dtype),
+        "trained": _trained(model, args, lora_args),
+        "training rows": report.rows(_conversations(trainer)),
+    }
+    if trainer.args.world_size > 1:
+        facts["engine"] = f"{engines.name(trainer.args)}, {trainer.args.world_size} processes"
+    for name, dataset in (trainer.eval_dataset or {}).items():
+        facts[f"evaluation rows ({name})"] = report.rows(dataset)
+    facts["steps"] = _steps(trainer)
+    facts["memory"] = _memory(trainer, compute_dtype, lora_args)
+    facts["disk"] = _disk(trainer, compute_dtype)
+    return "\n".join(f"{name}: {text}" for name, text in facts.items())
+
+
+def _model(model, compute_dtype):
+    config = model.config.get_text_config()
+    computed, window = dtype_name(compute_dtype), getattr(config, "max_position_embeddings", "unknown")
+    return (
+        f"{model.config._name_or_path}, {config.model_type}, {config.num_hidden_layers} layers, "
+        f"window {window}, attention {config._attn_implementation}, computed in {computed}"
+    )
+
+
+def _trained(model, args, lora_args):
+    trainable, total = parameters(model)
+    kind = "all weights, float32 masters"
+    if args.use_lora:
+        config = model.peft_config["default"]
+        names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+        adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {adapted}"
+        kind += ", base in 4 bits (NF4)" * lora_args.q_lora
+    return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
+
+
+def parameters(model):
+    """(trainable, all) parameters of a model, wherever their parts are; 4-bit weights count as what they hold."""
+    counts = [(p.requires_grad, weights.numel(p)) for p in model.parameters()]
+    return sum(n for grad, n in counts if grad), sum(n for _, n in counts)
+
+
+def steps(trainer):
+    """(optimizer steps, steps an epoch, warm-up steps) as the Trainer will take them."""
+    args = trainer.args
+    micro_batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
+    epoch = max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
+    total = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
+    return total, epoch, args.get_warmup_steps(total)
+
+
+def _conversations(trainer):
+    """The SupervisedDataset, also where its conversations are packed."""
+    return getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
+
+
+def _steps(trainer):
+    args, dataset = trainer.args, trainer.train_dataset
+    total, epoch, warmup = steps(trainer)
+    text, kind = "", "rows"
+    if isinstance(dataset, packing.Packed):
+        kind, share = "packed rows", dataset.dataset.tokens / (len(dataset) * dataset.tokens)
+        text = f"rows of up to {dataset.tokens:,} tokens, {share:.1%} full; about {len(dataset.dataset) / epoch:.1f} "
+        text += "conversations an optimizer step; "
+    text += (
+        f"{len(dataset):,} {kind} / ({args.train_batch_size} a device x {args.gradient_accumulation_steps} "
+        f"accumulated x {args.world_size} ranks) = {epoch:,} an epoch"
+    )
+    text += "; " if args.max_steps > 0 else f" x {args.num_train_epochs:g} epochs = "
+    text += f"{total:,} optimizer steps{' (--max_steps)' * (args.max_steps > 0)}"
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    text += f", {warmup:,} of them warm-up to a learning rate of {args.learning_rate:g}, then {kind}"
+    return text + ("; few steps: the model may learn little, raise --num_train_epochs" if total < 50 else "")
+
+
+def _longest(trainer):
+    """Tokens of the largest micro-batch that may come."""
+    args, dataset = trainer.args, trainer.train_dataset
+    if isinstance(dataset, packing.Packed):
+        return dataset.tokens * args.train_batch_size
+    lengths = np.minimum(np.sort(dataset.lengths)[-args.train_batch_size :], args.model_max_length)
+    return int(lengths.sum())
+
+
+def _engine(args):
+    """The engine as far as memory goes: on a CPU there is no other one to put things off to."""
+    return engines.name(args).removesuffix(" offload") if args.device.type == "cpu" else engines.name(args)
+
+
+def _needed(trainer, compute_dtype, lora_args, checkpointing):
+    """Bytes that training takes at its peak on one device, by their parts (see memory.py)."""
+    args, dataset, longest = trainer.args, _conversations(trainer), _longest(trainer)
+    block = BLOCK.get(args.device.type, longest)
+    supervised = int(longest * dataset.supervised / max(dataset.tokens, 1))
+    supervised = min(supervised, block) if trainer.head is not None else 2 * supervised  # whole logits, in two copies
+    needed = memory.gpu_bytes(
+        memory.shape_of(trainer.model), _engine(args), engines.mode(args, lora_args), args.world_size, longest,
+        checkpointing, compute_dtype, supervised, lora_args.lora_dropout,
+    )  # fmt: skip
+    if args.device.type == "cpu":
+        needed["step"] = 0  # torch takes one parameter after the other there
+    return needed
+
+
+def _room(trainer):
+    """Bytes of one device for this process: what is free, and what the loaded weights have taken already."""
+    device = trainer.args.device
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1  # processes that share it
+    return free_memory(device) // here + _loaded(trainer.model, device)
+
+
+def choose_checkpointing(trainer, compute_dtype, lora_args):
+    """Switch gradient checkpointing on where training would not fit without it. Every rank must call this."""
+    from accelerate.utils import gather_object
+
+    args = trainer.args
+    fsdp_does_it = bool(args.fsdp) and bool(args.fsdp_config.get("activation_checkpointing"))
+    needed = memory.peak(_needed(trainer, compute_dtype, lora_args, checkpointing=False))
+    chosen = any(gather_object([needed > 0.9 * _room(trainer)])) and not fsdp_does_it
+    engines.set_checkpointing(args, chosen)
+    if chosen:
+        say(
+            f"gradient checkpointing is on: without it training takes about {needed / GB:.1f} GB; "
+            "--gradient_checkpointing False switches it off."
+        )
+
+
+def _memory(trainer, compute_dtype, lora_args):
+    """Estimated peak of training on one device, by its parts, against what is free now (the weights being loaded)."""
+    args, engine = trainer.args, _engine(trainer.args)
+    needed = _needed(trainer, compute_dtype, lora_args, args.gradient_checkpointing)
+    parts = {name: f"{value / GB:.2f}" for name, value in needed.items()}
+    rows = min(args.train_batch_size, len(trainer.train_dataset))
+    total, loaded, free = memory.peak(needed), _loaded(trainer.model, args.device), free_memory(args.device)
+    text = (
+        f"about {total / GB:.2f} GB = weights {parts['weights']} + gradients and optimizer "
+        f"{(needed['gradients'] + needed['optimizer']) / GB:.2f}{_shared(engine, args.world_size)} + "
+    )
+    passes = needed["gathered"] + needed["activations"] + needed["logits"]
+    if needed["step"] > passes:
+        text += f"{parts['step']} in the optimizer's step, more than "
+    if needed["gathered"] >= 0.005 * GB:
+        text += f"copies and buckets {parts['gathered']} + "
+    text += (
+        f"activations {parts['activations']} and logits {parts['logits']} of the {rows} longest rows "
+        f"({_longest(trainer):,} tokens{', each layer computed twice' * bool(args.gradient_checkpointing)}); "
+        f"{free / GB:.1f} GB free{' besides the weights' * bool(loaded)}"
+    )
+    if total > _room(trainer):
+        text += "; this may not fit: lower --per_device_train_batch_size or --model_max_length, "
+        text += "or train with --q_lora" if args.gradient_checkpointing else "or set --gradient_checkpointing True"
+    return text
+
+
+def _loaded(model, device):
+    """Bytes of the weights that are on the device already; ZeRO-3 may hold a part of each."""
+    parts = (getattr(p, "ds_tensor", p) for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in parts if p.device.type == device.type)
+
+
+def _shared(engine, gpus):
+    """What of the numbers before it is one process's share, and what is elsewhere."""
+    kind, offload = engine.removesuffix(" offload"), engine.endswith(" offload")
+    parts = {"ZeRO-2": "gradients and optimizer", "ZeRO-3": "weights, gradients and optimizer"}
+    parts["FSDP2"] = parts["ZeRO-3"]
+    if kind not in parts:
+        return ""
+    return f" ({parts[kind]} are in main memory)" if offload else f" (a share of 1/{gpus} of {parts[kind]})"
+
+
+def _disk(trainer, compute_dtype):
+    args = trainer.args
+    trainable, _ = parameters(trainer.model)
+    # float32 weights and AdamW's two averages; engines add weights to load the model from, and ZeRO-2 those to resume
+    more = {"ZeRO-2": 2 * compute_dtype.itemsize, "ZeRO-3": compute_dtype.itemsize, "FSDP2": 4}
+    size = trainable * (4 + 8 + more.get(engines.name(args).removesuffix(" offload"), 0))
+    free = free_disk(args.output_dir)
+    if args.save_strategy == "no":
+        size = trainable * 4  # the trained weights at the end
+    if size > free:
+        raise UserError(
+            f"--output_dir {args.output_dir}: a checkpoint takes about {size / GB:.1f} GB and {free / GB:.1f} GB are "
+            "free; choose another disk."
+        )
+    kept = f"at most {args.save_total_limit} are kept" if args.save_total_limit else "all are kept"
+    if args.save_strategy == "no":
+        kept = "none is written (--save_strategy no)"
+    return f"a checkpoint takes about {size / GB:.2f} GB, {kept}; {free / GB:.0f} GB free at {args.output_dir}"

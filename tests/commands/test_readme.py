@@ -1,0 +1,79 @@
+"""Every command in the README runs."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from recipe.training import checkpoints
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
+pytestmark = pytest.mark.slow
+
+
+def run(command, folder, **options):
+    command = command.replace(".venv/bin/", f"{pathlib.Path(sys.executable).parent}/")
+    for script in ("finetune.py", "evaluate.py", "merge.py", "chat.py"):
+        command = command.replace(f" {script} ", f" {ROOT / script} ")
+    if command.startswith("bash finetune_"):
+        command = f"bash {ROOT / command[5:]} --use_cpu True"
+        options["env"] = {**os.environ, "PYTHON": sys.executable, "NPROC_PER_NODE": "2"}
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_every_command_runs_in_the_order_of_the_text(tiny_model, tmp_path):
+    assert len(COMMANDS) >= 8
+    shutil.copytree(tiny_model, tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct")
+    shutil.copy(ROOT / "data" / "examples" / "messages.jsonl", tmp_path / "conversations.jsonl")
+    shutil.copy(ROOT / "data" / "examples" / "prompt_completion.jsonl", tmp_path / "held_out.jsonl")
+    (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
+    for command in COMMANDS:
+        said = run(command, tmp_path, input="Hi\n")
+        if "--preview" in command:
+            assert "⟦Paris<|im_end|>⟧" in said
+        if "--validate_only" in command:
+            assert "verdict: the data can be trained" in said
+        if "run.yaml" in command:
+            assert "learning rate of 0.0001" in said and (tmp_path / "output" / "best" / "metrics.json").exists()
+        if command.startswith("bash finetune_"):
+            checkpoints.verify_saved(tmp_path / command.split()[-1])
+            assert "single_gpu" in command or "x 2 ranks" in said and "engine: " in said
+        if "evaluate.py" in command:
+            assert json.loads(said.splitlines()[-1]).keys() == {"exact_match", "valid_json", "eval_loss"}
+    assert (tmp_path / "output-merged" / "model.safetensors").exists()
+
+
+def test_make_demo_teaches_the_model_within_its_time_and_memory(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "output", "tests", "__pycache__"))
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "tokens")}
+    # The program that `make demo` starts once .venv is there; set-up itself is not repeated here.
+    assert "@.venv/bin/python demo.py" in (ROOT / "Makefile").read_text()
+    done = subprocess.Popen([sys.executable, "demo.py"], cwd=copy, env=environment, stdout=subprocess.PIPE, text=True)
+    said = done.stdout.read()
+    _, status, usage = os.wait4(done.pid, 0)
+    assert status == 0
+    metrics = json.loads((copy / "output" / "demo" / "metrics.json").read_text())
+    assert metrics["before"]["exact_match"] <= 0.05 and metrics["after"]["exact_match"] >= 0.95
+    assert (
+        metrics["after"]["valid_json"] >= 0.95 and metrics["after"]["eval_loss"] < 0.1 * metrics["before"]["eval_loss"]
+    )
+    assert usage.ru_maxrss < 4e6  # KiB
+    for file in ("output/demo/adapter_model.safetensors", "output/demo/best/adapter_model.safetensors",
+                 "output/demo/loss.png", "output/demo-merged/model.safetensors"):  # fmt: skip
+        assert (copy / file).exists()
+    assert said.count("before: ") == 3 and said.count("after:  ") == 3 and "seconds" in said
+
+
+def test_continuous_integration_runs_what_the_readme_names():
+    assert "make test" in (ROOT / ".ci" / "run").read_text() and "make test" in README

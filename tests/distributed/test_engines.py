@@ -1,0 +1,265 @@
+"""Every engine, for real, on two CPU ranks: the losses of one process, weights that load, runs that can be resumed.
+
+Each engine is started once (tests/ranks.py) and runs all its trainings; the tests compare what they left behind.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers import ROOT
+
+from recipe.distributed import engines
+
+ENGINES = {
+    "one process": ["--use_cpu", "True"],
+    "DDP": ["--use_cpu", "True"],
+    "ZeRO-2": ["--deepspeed", ROOT / "ds_config_zero2.json"],
+    "ZeRO-3": ["--deepspeed", ROOT / "ds_config_zero3.json"],
+    "FSDP2": ["--fsdp", "True", "--fsdp_config", ROOT / "recipe" / "distributed" / "fsdp_config.json"],
+    "ZeRO-2 offload": ["--deepspeed", ROOT / "recipe" / "distributed" / "ds_config_zero2_offload.json"],
+    "ZeRO-3 offload": ["--deepspeed", ROOT / "recipe" / "distributed" / "ds_config_zero3_offload.json"],
+}
+MODES = {"full": [], "LoRA": ["--use_lora"], "QLoRA": ["--q_lora"]}
+SHARED = [engine for engine in ENGINES if engine != "one process"]
+WHOLE = [engine for engine in ENGINES if "offload" not in engine]
+WORDS = "one two three four five six seven eight nine ten eleven twelve".split() * 4
+pytestmark = pytest.mark.slow
+
+
+def write(path, first, count):
+    messages = [
+        [{"role": "user", "content": f"say {word} {n}"}, {"role": "assistant", "content": word * (1 + n % 3)}]
+        for n, word in list(enumerate(WORDS))[first : first + count]
+    ]
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in messages))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return write(folder / "rows.jsonl", 0, 45), write(folder / "held_out.jsonl", 45, 3)
+
+
+SMALL = dict(
+    vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+    num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=997, pad_token_id=997,
+)  # fmt: skip
+
+
+def random_model(folder, tokenizer, config):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen3(small_tokenizer, tmp_path_factory):
+    """Folder with a random two-layer Qwen3 with a head of its own and drop-out in its attention."""
+    config = transformers.Qwen3Config(**SMALL, tie_word_embeddings=False, attention_dropout=0.1)
+    return random_model(tmp_path_factory.mktemp("qwen3"), small_tokenizer, config)
+
+
+@pytest.fixture(scope="module")
+def moe(small_tokenizer, tmp_path_factory):
+    """Folder with a random two-layer Qwen3 mixture of four experts."""
+    config = transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    return random_model(tmp_path_factory.mktemp("moe"), small_tokenizer, config)
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_model, qwen3, moe, data, tmp_path_factory):
+    """Function from an engine to {training: what it left}; the engine runs when it is asked for the first time."""
+    rows, held_out = data
+    results = {}
+
+    def argv(engine, model, output, accumulation, *more):
+        each = 8 // accumulation // (1 if engine == "one process" else 2)  # 8 rows a step everywhere
+        words = [
+            "--model_name_or_path", model, "--data_path", rows, "--output_dir", output, "--bf16", "False",
+            "--per_device_train_batch_size", each, "--gradient_accumulation_steps", accumulation,
+            "--logging_steps", "1", "--learning_rate", "1e-2", "--disable_tqdm", "True", *ENGINES[engine], *more,
+        ]  # fmt: skip
+        return list(map(str, words))
+
+    def jobs(engine, folder):
+        plain = ["--max_steps", "7", "--save_strategy", "no"]  # an epoch of 45 rows ends in the sixth
+        for mode, flags in MODES.items():
+            dropout = {"full": []}.get(mode, ["--lora_dropout", "0"])
+            for accumulation in (1, 2)[: 1 if "offload" in engine else 2]:
+                name = f"{mode} {accumulation}"
+                yield name, {"argv": argv(engine, tiny_model, folder / name, accumulation, *plain, *flags, *dropout)}
+            if "offload" in engine:
+                continue
+            long = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--eval_strategy", "steps",
+                    "--eval_steps", "3", "--eval_data_path", held_out, "--eval_generate", "3", *flags]  # fmt: skip
+            dropout = {"full": []}.get(mode, ["--lora_dropout", "0.2"])
+            name, again = folder / f"{mode} whole", folder / f"{mode} resumed"
+            yield f"{mode} whole", {
+                "argv": argv(engine, qwen3, name, 1, *long, *dropout), "gather": folder / f"{mode}.pt",
+            }  # fmt: skip
+            yield (
+                f"{mode} resumed",
+                {
+                    "argv": argv(engine, qwen3, again, 1, *long, *dropout, "--resume_from_checkpoint", "auto"),
+                    "copy": [name / "checkpoint-3", again / "checkpoint-3"],
+                },
+            )
+            checkpointed = ["--max_steps", "3", "--save_strategy", "no", "--gradient_checkpointing", "True", *flags]
+            dropout = {"full": []}.get(mode, ["--lora_dropout", "0"])
+            name = f"{mode} checkpointed"
+            yield name, {"argv": argv(engine, tiny_model, folder / name, 1, *checkpointed, *dropout)}
+        if "offload" not in engine:
+            yield "experts", {"argv": argv(engine, moe, folder / "moe", 1, "--max_steps", "3", "--save_strategy", "no")}
+
+    def start(engine):
+        folder = tmp_path_factory.mktemp(engine)
+        todo = dict(jobs(engine, folder))
+        if f"{engine} offload" in ENGINES:  # in the same processes
+            offload = jobs(f"{engine} offload", folder / "offload")
+            todo |= {f"offload {name}": job for name, job in offload}
+        (folder / "jobs.json").write_text(json.dumps(todo, default=str))
+        command = [ROOT / "tests" / "distributed" / "ranks.py", folder / "jobs.json", folder / "results.json"]
+        if engine != "one process":
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=900, cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        left = json.loads((folder / "results.json").read_text())
+        failed = [result["traceback"] for result in left.values() if "error" in result]
+        return {"folder": folder, "problem": "".join(failed) or done.returncode and done.stderr[-4000:], **left}
+
+    def of(engine):
+        launched = engine.removesuffix(" offload")
+        if launched not in results:
+            results[launched] = {"problem": "it did not end"}  # not again for each test
+            results[launched] = start(launched)
+        left = results[launched]
+        assert not left["problem"], left["problem"]
+        return {name[8:]: left[name] for name in left if name.startswith("offload ")} if engine != launched else left
+
+    return of
+
+
+def log(result, key):
+    return [entry[key] for entry in result["log"] if key in entry]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", SHARED)
+def test_the_engine_that_was_asked_for_ran(ran, engine, mode):
+    for name in (name for name in ran(engine) if name in (f"{mode} 1", f"{mode} 2")):
+        result = ran(engine)[name]
+        if engine == "DDP":
+            assert result["wrapped"] == "DistributedDataParallel" and not result["partitioned"]
+        elif engine == "FSDP2":
+            assert result["wrapped"].startswith("FSDP") and result["partitioned"] == result["parameters"]
+        else:
+            assert result["wrapped"] == "DeepSpeedEngine" and str(result["stage"]) == engine[5]
+            assert result["partitioned"] == (result["parameters"] if "3" in engine else 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "engine, accumulation", [(engine, count) for engine in SHARED for count in (1, 2) if count == 1 or engine in WHOLE]
+)
+def test_losses_and_gradients_are_those_of_one_process_also_where_an_epoch_ends_unevenly(
+    ran, engine, mode, accumulation
+):
+    alone, shared = (ran(which)[f"{mode} {steps}"] for which, steps in (("one process", 1), (engine, accumulation)))
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert len(log(alone, key)) == 7
+        assert log(shared, key) == pytest.approx(log(alone, key), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", WHOLE)
+def test_gradient_checkpointing_changes_no_loss(ran, engine, mode):
+    plain, checkpointed = (log(ran(engine)[f"{mode} {how}"], "loss")[:3] for how in ("1", "checkpointed"))
+    assert checkpointed[0] == pytest.approx(plain[0], rel=1e-5)
+    assert len(checkpointed) == 3 and checkpointed[2] < checkpointed[0]
+
+
+@pytest.mark.parametrize("engine", SHARED[:4])
+def test_a_mixture_of_experts_trains_as_in_one_process(ran, engine):
+    result = ran(engine)["experts"]
+    assert log(result, "loss") == pytest.approx(log(ran("one process")["experts"], "loss"), rel=1e-4)
+    assert result["leaves"] or engine != "ZeRO-3"  # a layer of experts is gathered at once
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", WHOLE)
+def test_evaluation_and_generation_run_on_all_ranks(ran, engine, mode):
+    result = ran(engine)[f"{mode} whole"]
+    assert len(log(result, "eval_loss")) == len(log(result, "eval_exact_match")) == 2
+    assert log(result, "eval_loss")[0] < log(result, "loss")[0] * 1.2
+
+
+RELOAD = """
+import json, sys, torch, transformers, peft
+verdicts = {}
+for mode in ("full", "LoRA", "QLoRA"):
+    folder = f"{sys.argv[1]}/{mode} whole"
+    gathered = torch.load(f"{sys.argv[1]}/{mode}.pt", weights_only=True)
+    kind = transformers.AutoModelForCausalLM if mode == "full" else peft.AutoPeftModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32)
+    loaded = {name: p for name, p in model.named_parameters() if mode == "full" or "lora_" in name}
+    verdicts[mode] = {
+        "keys": sorted(loaded) == sorted(gathered),
+        "shapes": all(loaded[name].shape == gathered[name].shape for name in gathered),
+        "equal": all(torch.equal(loaded[name], gathered[name]) for name in gathered),
+        "moved": bool(gathered[next(name for name in gathered if "lora_B" in name)].any()) if mode != "full" else True,
+        "numbers": sum(p.numel() for p in loaded.values()),
+    }
+print(json.dumps(verdicts))
+"""
+
+
+@pytest.mark.parametrize("engine", WHOLE)
+def test_what_was_trained_is_what_plain_transformers_and_peft_load_in_a_fresh_process(ran, engine):
+    folder = ran(engine)["folder"]
+    done = subprocess.run([sys.executable, "-c", RELOAD, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for verdict in json.loads(done.stdout.splitlines()[-1]).values():
+        assert verdict.pop("numbers") > 10_000
+        assert all(verdict.values()), verdict
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", WHOLE)
+def test_a_resumed_run_takes_the_steps_of_an_unbroken_one(ran, engine, mode):
+    whole, resumed = (ran(engine)[f"{mode} {how}"] for how in ("whole", "resumed"))
+    for key in ("loss", "learning_rate", "eval_loss"):
+        assert log(resumed, key) == pytest.approx(log(whole, key), rel=1e-5), key
+    assert len(log(resumed, "loss")) == 6  # three of the checkpoint's log and three of its own
+    folder = ran(engine)["folder"]
+    assert not (folder / f"{mode} resumed" / ".rehearsal").exists()
+    metrics = [
+        json.loads((folder / f"{mode} {how}" / "best" / "metrics.json").read_text()) for how in ("whole", "resumed")
+    ]
+    assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", WHOLE)
+def test_a_checkpoint_of_an_adapter_holds_no_frozen_weights(ran, engine):
+    folder = ran(engine)["folder"]
+    sizes = {}
+    for mode in ("full", "LoRA"):
+        files = (folder / f"{mode} whole" / "checkpoint-6").rglob("*")
+        sizes[mode] = sum(f.stat().st_size for f in files if f.suffix in (".pt", ".safetensors", ".bin", ".distcp"))
+    adapter = (folder / "LoRA whole" / "adapter_model.safetensors").stat().st_size
+    assert sizes["LoRA"] < 5 * adapter + 200_000
+
+
+def test_the_table_in_the_readme_is_the_one_in_the_code():
+    assert engines.table() in (ROOT / "README.md").read_text()

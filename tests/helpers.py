@@ -1,0 +1,115 @@
+"""What several test files use: rows, command lines, reference computations, chat templates."""
+
+import copy
+import importlib.resources
+import json
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word * 2}]}
+    for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")
+]
+
+
+# Answers of very different length: where each micro-batch counts the same, every test below fails.
+UNEVEN_ROWS = [
+    {"prompt": f"question {n}", "completion": "word " * length} for n, length in enumerate([1, 30, 2, 60, 3, 9, 1, 25])
+]
+
+
+# The added tokens of the real Qwen tokenizers, in the order of their ids; 151643 to 151656 are special, the rest not.
+CONTROL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+MARKUP = [
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
+    "<|file_sep|>",
+]  # fmt: skip
+QWEN3_MARKUP = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # 151665 to 151668
+LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+GEMMA_TOKENS = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
+PHI3_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]  # they swallow the white space that follows them
+TEMPLATES = [
+    "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "llama3",
+    "gemma", "gemma3", "phi3", "smollm2",
+]  # fmt: skip
+SMOLLM2 = (  # of SmolLM2-135M-Instruct
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def template(name):
+    """A chat template by its name in the trl package, or that of SmolLM2."""
+    if name == "smollm2":
+        return SMOLLM2
+    return (importlib.resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text()
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def argv(model, data, output, *more):
+    return [
+        "--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(output),
+        "--per_device_train_batch_size", "4", "--num_train_epochs", "3", "--logging_steps", "1", "--bf16", "False",
+        "--learning_rate", "1e-2", "--save_strategy", "no", "--disable_tqdm", "True", *map(str, more),
+    ]  # fmt: skip
+
+
+def history(output, key):
+    log = json.loads((pathlib.Path(output) / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in log if key in entry]
+
+
+def reference(model, documents):
+    """Plain torch, one conversation at a time: (mean loss over supervised tokens, gradients of it)."""
+    from recipe.dataset.encoding import IGNORE_INDEX
+
+    model = copy.deepcopy(model).train()
+    losses = []
+    for (document,) in documents:
+        ids, labels = torch.tensor([document["input_ids"]]), torch.tensor(document["labels"])
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="none", ignore_index=IGNORE_INDEX)
+        )
+    count = sum(label != IGNORE_INDEX for (document,) in documents for label in document["labels"])
+    loss = torch.cat(losses).sum() / count
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def relative(found, expected):
+    return max((found[name] - expected[name]).norm().item() / expected[name].norm().item() for name in expected)
+
+
+def step(tmp_path, model, data, name, *more, ranks=1):
+    """One optimizer step over all rows by SGD with rate 1, so that the change of the weights is the gradient."""
+    import finetune
+
+    words = argv(model, data, tmp_path / name, "--max_steps", 1, "--optim", "sgd", "--learning_rate", 1,
+                 "--max_grad_norm", 0, "--lr_scheduler_type", "constant", "--train_sampling_strategy", "sequential", *more)  # fmt: skip
+    if ranks == 1:
+        finetune.train(words)
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        done = subprocess.run([*launch, "finetune.py", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "x 2 ranks" in done.stdout
+    after = finetune.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+    before = finetune.transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    names = dict(before.named_parameters())
+    return history(tmp_path / name, "loss")[0], {n: names[n].detach() - p.detach() for n, p in after.named_parameters()}
