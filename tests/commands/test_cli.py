@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from commands.ancestors import COMMANDS, original
+from helpers import ROOT
 from transformers.debug_utils import DebugOption
 
 import finetune
@@ -516,8 +517,7 @@ def test_the_wrap_class_of_fsdp_is_left_to_the_model_and_said(capsys):
 
 LEAVING = """
 import atexit, sys, threading, time
-from commands.ancestors import COMMANDS, original
-from recipe import command_line
+from recipe import console
 class Torn:
     def __del__(self): print("the interpreter was taken apart", flush=True)
 sys.modules["torn"] = Torn()
