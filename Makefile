@@ -1,4 +1,4 @@
-.PHONY: demo test test-quick bench
+.PHONY: demo test test-quick lint format bench
 export PYTHON ?= python3
 
 # Fine-tune a real small model on data/, measured before and after; no GPU, no hub.
@@ -8,16 +8,29 @@ demo:
 
 # All tests; test-quick leaves out those that start other programs.
 test:
-	@./setup.sh requirements-dev.txt
-	@.venv/bin/python -m pytest -q tests
+	@./setup.sh dev
+	@.venv/bin/python -m pytest -q
 
 test-quick:
-	@./setup.sh requirements-dev.txt
-	@.venv/bin/python -m pytest -q tests -m "not slow"
+	@./setup.sh dev
+	@.venv/bin/python -m pytest -q -m "not slow"
+
+# Format, lint, types, the order of the rooms.
+lint:
+	@./setup.sh dev
+	@.venv/bin/ruff format --check -q .
+	@.venv/bin/ruff check -q .
+	@.venv/bin/python -m mypy
+	@.venv/bin/lint-imports
+
+format:
+	@./setup.sh dev
+	@.venv/bin/ruff format -q .
+	@.venv/bin/ruff check -q --fix .
 
 # This recipe beside its peers, interleaved, in environments of their own; what does not install is left out.
 bench:
-	@VENV=.venv-bench ./setup.sh benchmarks/requirements.txt
+	@VENV=.venv-bench ./setup.sh bench
 	@VENV=.venv-llamafactory ./setup.sh benchmarks/llamafactory.txt || true
 	@! command -v nvidia-smi >/dev/null || VENV=.venv-unsloth ./setup.sh benchmarks/unsloth.txt || true
 	@.venv-bench/bin/python benchmarks/bench.py

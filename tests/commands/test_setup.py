@@ -12,7 +12,7 @@ from helpers import ROOT
 
 @pytest.fixture
 def clone(tmp_path):
-    for name in ("setup.sh", "requirements.txt", "requirements-dev.txt", "Makefile"):
+    for name in ("setup.sh", "requirements.txt", "pyproject.toml", "Makefile"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
