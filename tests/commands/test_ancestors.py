@@ -4,10 +4,10 @@ import json
 import pathlib
 
 import pytest
-from commands.ancestors import COMMANDS, original
 from safetensors import safe_open
 
 import finetune
+from commands.ancestors import COMMANDS, original
 
 ROWS = [
     {

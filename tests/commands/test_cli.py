@@ -15,11 +15,11 @@ import types
 import pytest
 import torch
 import transformers
-from commands.ancestors import COMMANDS, original
-from helpers import ROOT
 from transformers.debug_utils import DebugOption
 
 import finetune
+from commands.ancestors import COMMANDS, original
+from helpers import ROOT
 from recipe import command_line
 from recipe.console import UserError
 from recipe.model.precision import has_bf16

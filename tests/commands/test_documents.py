@@ -1,4 +1,4 @@
-"""Every command in the README runs."""
+"""Every command in the README and in docs/ runs."""
 
 import json
 import os
@@ -9,19 +9,18 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
 
+from helpers import DOCUMENTS, ROOT
 from recipe.training import checkpoints
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
-pytestmark = pytest.mark.slow
+BLOCKS = re.findall(r"```bash\n(.*?)```", DOCUMENTS, re.DOTALL)
+COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.strip().splitlines()))  # each once, in order
 
 
 def run(command, folder, **options):
     command = command.replace(".venv/bin/", f"{pathlib.Path(sys.executable).parent}/")
-    for script in ("finetune.py", "evaluate.py", "merge.py", "chat.py"):
+    for script in ("finetune.py", "eval.py", "merge.py", "chat.py"):
         command = command.replace(f" {script} ", f" {ROOT / script} ")
     if command.startswith("bash finetune_"):
         command = f"bash {ROOT / command[5:]} --use_cpu True"
@@ -31,14 +30,18 @@ def run(command, folder, **options):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_text(tiny_model, tmp_path):
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 11
     shutil.copytree(tiny_model, tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct")
     shutil.copy(ROOT / "data" / "examples" / "messages.jsonl", tmp_path / "conversations.jsonl")
     shutil.copy(ROOT / "data" / "examples" / "prompt_completion.jsonl", tmp_path / "held_out.jsonl")
     (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
     for command in COMMANDS:
         said = run(command, tmp_path, input="Hi\n")
+        if "--dump_tokens" in command:
+            rows = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+            assert rows and all(row["input_ids"] and row["labels"] for row in rows)
         if "--preview" in command:
             assert "⟦Paris<|im_end|>⟧" in said
         if "--validate_only" in command:
@@ -48,18 +51,20 @@ def test_every_command_runs_in_the_order_of_the_text(tiny_model, tmp_path):
         if command.startswith("bash finetune_"):
             checkpoints.verify_saved(tmp_path / command.split()[-1])
             assert "single_gpu" in command or "x 2 ranks" in said and "engine: " in said
-        if "evaluate.py" in command:
+        if " eval.py" in command:
             assert json.loads(said.splitlines()[-1]).keys() == {"exact_match", "valid_json", "eval_loss"}
     assert (tmp_path / "output-merged" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_make_demo_teaches_the_model_within_its_time_and_memory(tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "output", "tests", "__pycache__"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "output", "tests", "__pycache__"))
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "tokens")}
     # The program that `make demo` starts once .venv is there; set-up itself is not repeated here.
-    assert "@.venv/bin/python demo.py" in (ROOT / "Makefile").read_text()
-    done = subprocess.Popen([sys.executable, "demo.py"], cwd=copy, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "@.venv/bin/python -m demo.demo" in (ROOT / "Makefile").read_text()
+    command = [sys.executable, "-m", "demo.demo"]
+    done = subprocess.Popen(command, cwd=copy, env=environment, stdout=subprocess.PIPE, text=True)
     said = done.stdout.read()
     _, status, usage = os.wait4(done.pid, 0)
     assert status == 0
@@ -75,5 +80,18 @@ def test_make_demo_teaches_the_model_within_its_time_and_memory(tmp_path):
     assert said.count("before: ") == 3 and said.count("after:  ") == 3 and "seconds" in said
 
 
+def test_the_readme_is_short_and_every_link_leads_somewhere():
+    assert len(README.splitlines()) <= 200
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+            linked = (path.parent / target).resolve() if target else path
+            assert linked.exists(), f"{path.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
 def test_continuous_integration_runs_what_the_readme_names():
-    assert "make test" in (ROOT / ".ci" / "run").read_text() and "make test" in README
+    ran = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in ran and "make lint" in ran and "make test" in README
