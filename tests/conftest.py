@@ -28,6 +28,21 @@ TOKEN_CACHE = tempfile.TemporaryDirectory()  # the user's own cache stays as it 
 os.environ["HF_DATASETS_CACHE"] = TOKEN_CACHE.name
 
 
+@pytest.fixture(autouse=True)
+def global_state():
+    """Give every test the environment, precision and default dtype of the first, and no process group."""
+    import torch
+
+    environment, precision = dict(os.environ), torch.get_float32_matmul_precision()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_float32_matmul_precision(precision)
+    torch.set_default_dtype(torch.float32)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory):
     """Folder with the Qwen2.5 tokenizer: its real vocabulary, its real chat template."""
