@@ -33,7 +33,7 @@ from recipe.dataset.collator import Collator
 from recipe.dataset.conversations import Conversations, hold_out
 from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import engines, nodes
-from recipe.model import generation, rope
+from recipe.model import generation, linear_attention, rope
 from recipe.model.precision import best_dtype, choose_float32, dtype_name, has_bf16
 from recipe.training import checkpoints, curves, start_report
 
@@ -472,6 +472,7 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
         # more, and without a gradient when training goes on.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    linear_attention.keep_documents_apart(model)
     generation.mend(model.generation_config)
     engines.mark_experts(model, training_args)
     return model

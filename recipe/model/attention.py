@@ -14,10 +14,15 @@ import inspect
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedConfig
 
 from recipe.console import say
 
 PACKED = "packed"
+# Kinds of layers, as transformers' configurations name them, in which a token of a packed row sees its document alone:
+# all earlier tokens of it (see linear_attention.py for the last two), or those within a window, by a mask.
+WHOLE = {"full_attention", "linear_attention", "conv"}
+WINDOWED = {"sliding_attention"}
 # torch 2.11 takes fewer key heads than query heads without being told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -70,18 +75,32 @@ def packed_mask(*args, attention_mask=None, q_length, kv_length, **options):
     return sdpa_mask(*args, attention_mask=attention_mask, q_length=q_length, kv_length=kv_length, **options)
 
 
-def can_pack(config):
-    """Whether every layer of the model looks at all earlier tokens, as `packed_attention` does."""
+def layer_kinds(config: PreTrainedConfig) -> set[str]:
+    """Return the kinds of layers of a text model, such as `full_attention`."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        return set(kinds) == {"full_attention"}
-    return getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False
+        return set(kinds)
+    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return WINDOWED if window else {"full_attention"}
 
 
-def choose(config):
-    """The kernel for padding-free rows of a model: PACKED, or one that knows the sliding window of some layers."""
-    if can_pack(config):
+def can_pack(config: PreTrainedConfig) -> bool:
+    """Return True if `packed_attention` is right for every attention layer: it sees all earlier tokens."""
+    return layer_kinds(config) <= WHOLE
+
+
+def choose(config: PreTrainedConfig) -> str:
+    """Choose the attention kernel for packed rows: PACKED, or one that observes the window of some layers.
+
+    Returns:
+        A name for `attn_implementation`; "auto" leaves the choice to transformers, as for models with layers of other
+        kinds, whose rows are padded (see `checks.packing_fault`).
+    """
+    kinds = layer_kinds(config)
+    if kinds <= WHOLE:
         return PACKED
+    if not kinds <= WHOLE | WINDOWED:
+        return "auto"
     from transformers.utils import is_flash_attn_2_available
 
     flash = is_flash_attn_2_available()

@@ -6,7 +6,7 @@ import os
 import torch
 
 from recipe.console import UserError
-from recipe.model import attention
+from recipe.model import attention, linear_attention
 from recipe.model.precision import best_dtype
 
 
@@ -33,6 +33,7 @@ def load(folder, dtype=None, device=None):
         kernel = {"attn_implementation": attention.PACKED} if attention.can_pack(config.get_text_config()) else {}
         dtype = dtype or best_dtype(device == "cpu")
         model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, **kernel)
+        linear_attention.keep_documents_apart(model)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be loaded as a model: {str(error).splitlines()[0]}") from None
     if adapter:

@@ -87,7 +87,7 @@ def answer(model, tokenizer, asked, stop_id, max_new_tokens=256, batch_size=16):
 def mean_loss(model, rows, batch_size=8, collator=None):
     """Mean cross entropy over the supervised tokens of `rows` (lists of documents), whatever the batch size."""
     model.eval()
-    collator = collator or Collator(checks.documents_are_isolated(model, Collator()))
+    collator = collator or Collator(checks.packing_fault(model, Collator()) is None)
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = collator(rows[start : start + batch_size])

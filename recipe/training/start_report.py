@@ -8,6 +8,7 @@ import numpy as np
 from recipe.console import UserError, say
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
+from recipe.model import linear_attention
 from recipe.model.loss import BLOCK
 from recipe.model.precision import dtype_name
 from recipe.training import memory
@@ -26,6 +27,9 @@ def describe(trainer, compute_dtype, lora_args):
         "trained": _trained(model, args, lora_args),
         "training rows": report.rows(_conversations(trainer)),
     }
+    linear = linear_attention.describe(model, args.device)
+    if linear:
+        facts["linear attention"] = linear
     if trainer.args.world_size > 1:
         facts["engine"] = f"{engines.name(trainer.args)}, {trainer.args.world_size} processes"
     for name, dataset in (trainer.eval_dataset or {}).items():

@@ -1,0 +1,158 @@
+"""Linear-attention layers (gated delta nets, short convolutions) over a packed row, each document by itself.
+
+Such a layer convolves each channel over the last few tokens and carries a state from token to token, so the start of a
+document would depend on the document before it. transformers passes the ends of the documents (`cu_seq_lens_q`) to both
+functions of a layer, but only the delta rule of flash-linear-attention observes them: the torch rule raises an error
+(transformers 5.23) or ignores them (5.17), and every convolution ignores them.
+
+`keep_documents_apart` replaces these functions in the modelling file, where the layers look them up at each call. It
+leaves the layers' `forward` alone: a forward that ran once for each document would gather the weights of ZeRO-3 a
+different number of times on ranks with different numbers of documents, and the ranks would hang.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+# Names of functions in modelling files, and the functions of flash-linear-attention that compute the same.
+CONVOLUTION = "causal_conv1d_fn"
+RULES = {"torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"}
+KERNELS = {
+    CONVOLUTION: ("fla.modules.causal_conv1d", "causal_conv1d"),
+    "torch_chunk_gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    "chunk_kimi_delta_attention": ("fla.ops.kda", "chunk_kda"),
+}
+
+
+def keep_documents_apart(model: nn.Module) -> None:
+    """Let the linear-attention layers of a model compute each document of a packed row by itself.
+
+    Calls without `cu_seq_lens_q`, as in generation, run as before. Further calls change nothing. Layers with other
+    functions (Mamba, for one) stay as they are, and `checks.packing_fault` finds that they mix documents.
+    """
+    for functions in _modelling_files(model):
+        for name in KERNELS.keys() & functions.keys():
+            if not hasattr(functions[name], "keeps_documents_apart"):
+                by_document = _convolution_by_document if name == CONVOLUTION else _rule_by_document
+                functions[name] = by_document(functions[name], _kernel(name))
+
+
+def describe(model: nn.Module, device: torch.device) -> str | None:
+    """Name what computes the linear-attention layers on a device; None for a model without any that are known here."""
+    names = {name for functions in _modelling_files(model) for name in KERNELS.keys() & functions.keys()}
+    if not names:
+        return None
+    if device.type == "cpu":
+        return "torch functions, each document by itself"
+    if all(map(_kernel, names)):
+        return "kernels of flash-linear-attention"
+    return (
+        "torch functions, each document by itself; flash-linear-attention is not installed: `pip install "
+        "flash-linear-attention` brings kernels that compute a whole row at once and are many times faster"
+    )
+
+
+def _modelling_files(model: nn.Module) -> Iterator[dict]:
+    """Yield the globals of each modelling file of the model whose linear-attention functions are known here."""
+    for name in sorted({type(module).__module__ for module in model.modules()}):
+        functions = vars(sys.modules.get(name, nn))
+        # Without a rule the convolution may be the whole layer, as in LFM2, or lead to a scan that mixes documents.
+        alone = any(type(m).__module__ == name and type(m).__name__.endswith("ShortConv") for m in model.modules())
+        if CONVOLUTION in functions and (alone or RULES & functions.keys()):
+            yield functions
+
+
+def _kernel(name: str) -> Callable | None:
+    """Import the kernel for a function of a modelling file; None without the library, or where Triton does not load."""
+    path, function = KERNELS[name]
+    try:
+        return getattr(importlib.import_module(path), function)
+    except Exception:  # transformers, too, takes its torch function whatever the import raises
+        return None
+
+
+def _convolution_by_document(original: Callable, kernel: Callable | None) -> Callable:
+    def causal_conv1d_fn(*states, cu_seq_lens_q=None, **options):
+        if cu_seq_lens_q is None:
+            return original(*states, **options)
+        return _convolve(original, kernel, cu_seq_lens_q, *states, **options)
+
+    causal_conv1d_fn.keeps_documents_apart = True
+    return causal_conv1d_fn
+
+
+@torch.compiler.disable  # rows differ in their documents, and each would be compiled anew
+def _convolve(
+    original: Callable,
+    kernel: Callable | None,
+    ends: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **options,
+) -> Tensor:
+    """Convolve each channel over the tokens of each document.
+
+    Args:
+        original: the function of the modelling file.
+        kernel: `causal_conv1d` of flash-linear-attention, where it is installed.
+        ends: int32 [documents + 1], 0 and where each document ends.
+        states: [1, C, T]; weight: [C, width]; bias: [C].
+    Returns:
+        [1, C, T].
+    """
+    if kernel and states.device.type != "cpu" and activation in (None, "silu", "swish"):  # it ignores others
+        row = kernel(states.transpose(1, 2), weight, bias, activation=activation, cu_seqlens=ends)[0]
+        return row.transpose(1, 2)
+    convolve = inspect.unwrap(original)
+    parts = states.split(ends.diff().tolist(), dim=2)
+    return torch.cat([convolve(part, weight, bias, activation=activation) for part in parts], dim=2)
+
+
+def _rule_by_document(original: Callable, kernel: Callable | None) -> Callable:
+    def rule(*states, cu_seqlens=None, cu_seq_lens_q=None, **options):
+        ends = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+        if ends is None:
+            return original(*states, **options)
+        return _apply_rule(original, kernel, ends, *states, **options)
+
+    rule.keeps_documents_apart = True
+    return rule
+
+
+@torch.compiler.disable
+def _apply_rule(
+    original: Callable,
+    kernel: Callable | None,
+    ends: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **options,
+) -> tuple[Tensor, None]:
+    """Apply the delta rule to each document, whose state starts at zero.
+
+    Args:
+        original: the function of the modelling file.
+        kernel: the same rule of flash-linear-attention, where it is installed.
+        ends: int32 [documents + 1], 0 and where each document ends.
+        query, key: [1, T, H, D]; value: [1, T, HV, V]; beta: [1, T, HV].
+        g: the logarithm of the decay, [1, T, HV] (gated delta rule) or [1, T, HV, D] (Kimi).
+    Returns:
+        [1, T, HV, V] and no state, as a packed row is not continued.
+    """
+    settings = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
+    if kernel and query.device.type != "cpu":
+        return kernel(query, key, value, g=g, beta=beta, cu_seqlens=ends, **settings)[0], None
+    rule = inspect.unwrap(original)
+    documents = zip(*(states.split(ends.diff().tolist(), dim=1) for states in (query, key, value, g, beta)), strict=True)
+    outputs = [rule(q, k, v, g=decay, beta=rate, **settings)[0] for q, k, v, decay, rate in documents]
+    return torch.cat(outputs, dim=1), None
