@@ -182,7 +182,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.label_names = ["labels"]
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight has its part in every loss
-        engines.prepare(self)
+        engines.set_up(self)
         super().__post_init__()
         if self.n_gpu > 1:
             say(f"one of {self.n_gpu} GPUs is used; for all: torchrun --nproc_per_node {self.n_gpu} finetune.py ...")
@@ -455,9 +455,9 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
             # Engines that shard can do so with numbers of the precision that they compute in, and with no bytes.
-            bnb_4bit_quant_storage=compute_dtype if engines.shards(training_args) else torch.uint8,
+            bnb_4bit_quant_storage=compute_dtype if engines.engine_of(training_args).shards_weights else torch.uint8,
         )
-    if not engines.shards(training_args) and (lora_args.q_lora or training_args.device.type != "cpu"):
+    if not engines.engine_of(training_args).shards_weights and (lora_args.q_lora or training_args.device.type != "cpu"):
         options["device_map"] = {"": training_args.device}
     model, report = _pretrained(
         transformers.AutoModelForCausalLM, model_args, training_args, output_loading_info=True, **options
@@ -474,7 +474,7 @@ def load_model(config, model_args, training_args, lora_args, compute_dtype):
             module.support_avx512bf16_for_cpu = False
     linear_attention.keep_documents_apart(model)
     generation.mend(model.generation_config)
-    engines.mark_experts(model, training_args)
+    engines.adapt_model(model, training_args)
     return model
 
 

@@ -80,7 +80,7 @@ MEASURED = [  # Shape, engine, mode, GPUs, tokens of a micro-batch, dtype, `kept
         ("ZeRO-3", 2, (0.04096, 0.02251, 0.01602)),
         ("FSDP2", 2, (0.03254, 0.01941, 0.01285)),
     )
-    for mode, gb in zip(engines.MODES, measured, strict=True)
+    for mode, gb in zip(engines.Mode, measured, strict=True)
 ]
 
 
@@ -88,7 +88,10 @@ def table():
     """GB on each GPU for every Qwen2.5 and the columns, in Markdown, and how to read them."""
     lines = [f"| Qwen2.5 | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
     for name, shape in QWEN2_5.items():
-        needed = (peak(gpu_bytes(shape, *column, TOKENS)) / GB for column in COLUMNS.values())
+        needed = (
+            peak(gpu_bytes(shape, engines.ENGINES[engine], mode, gpus, TOKENS)) / GB
+            for engine, mode, gpus in COLUMNS.values()
+        )
         lines.append(f"| {name} | {' | '.join(f'{gb:.0f}' for gb in needed)} |")
     return "\n".join(lines) + f"\n\n{ADVICE}"
 
@@ -97,7 +100,7 @@ def measured():
     """MEASURED beside the formula, in Markdown."""
     lines = ["| model | engine | mode | GPUs | tokens | what | formula, GB | measured, GB |  |", f"|{'---|' * 9}"]
     for shape, engine, mode, gpus, tokens, dtype, what, gb, where in MEASURED:
-        formula = what(gpu_bytes(shape, engine, mode, gpus, tokens, dtype=dtype)) / GB
+        formula = what(gpu_bytes(shape, engines.ENGINES[engine], mode, gpus, tokens, dtype=dtype)) / GB
         cells = f"{shape.base:,} parameters", engine, mode, gpus, tokens, what.__name__, f"{formula:.3g}", f"{gb:.3g}"
         lines.append(f"| {' | '.join(map(str, cells))} | {where} |")
     return "\n".join(lines)

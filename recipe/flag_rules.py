@@ -39,7 +39,7 @@ def settle(model_args, data_args, training_args, lora_args, named):
     for name in sorted(named & NO_EFFECT):
         say(f"--{name} has no effect in this script.")
     _lora(training_args, lora_args, named)
-    engines.check(training_args, lora_args)
+    engines.refuse_unsupported(training_args, lora_args)
     _folders(model_args, training_args)
     _sampling(data_args, training_args)
     _packing(data_args, training_args, named)

@@ -8,6 +8,7 @@ import pathlib
 import tempfile
 
 import pytest
+
 from helpers import (
     CONTROL_TOKENS,
     GEMMA_TOKENS,

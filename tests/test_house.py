@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 import pytest
+
 from helpers import ROOT
 
 MODULES = sorted(

@@ -1,10 +1,14 @@
-"""Whole weights from their parts: counted, gathered from every engine, checked for numbers that are not finite."""
+"""Whole weights from the parts that an engine holds: counted, gathered for saving, checked for finite values."""
+
+from typing import Any
+
+import torch
 
 from recipe.console import UserError
 
 
-def numel(parameter):
-    """Elements of a whole parameter, wherever its parts are; 4-bit weights count as what they hold."""
+def numel(parameter: torch.nn.Parameter) -> int:
+    """Return the element count of the unsharded parameter; packed 4-bit tensors count their original elements."""
     if hasattr(parameter, "ds_numel"):
         return parameter.ds_numel
     if type(parameter).__name__ == "Params4bit":
@@ -12,8 +16,8 @@ def numel(parameter):
     return parameter.numel()
 
 
-def whole(tensor):
-    """A parameter or gradient from all its parts. Every rank must call this: parts are gathered collectively."""
+def gather_full(tensor: Any) -> torch.Tensor:
+    """Return a parameter or gradient put together from all its parts. Every rank must call this: it is a collective."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
 
@@ -23,8 +27,15 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def agree(problem):
-    """Raise on every rank what one of them found (a text, or None): one that ends alone would leave others waiting."""
+def raise_on_all_ranks(problem: str | None) -> None:
+    """Raise on all ranks what one of them found: if one rank alone ended, the others would wait for it forever.
+
+    Args:
+        problem: A sentence, or None.
+
+    Raises:
+        UserError: A rank has a problem; that of the lowest such rank.
+    """
     from accelerate.utils import gather_object
 
     problems = [problem for problem in gather_object([problem]) if problem]
@@ -32,26 +43,29 @@ def agree(problem):
         raise UserError(problems[0])
 
 
-def gathered(model, keep, rows=None):
-    """The weights to save: those of the adapter, or all of them. Every rank must call it.
+def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[str, torch.Tensor]:
+    """Gather the weights to save: those of the adapter, or all of them. Every rank must call this.
 
-    Parts of one tensor at a time are brought together, so a GPU holds one whole tensor and main memory one model.
+    The parts of one tensor at a time are put together: a GPU holds one whole tensor, main memory one model.
+
     Args:
-        model: the unwrapped model; one with an adapter gives the trained tensors alone.
-        keep: whether this rank writes; the others only take part.
-        rows: keep so many rows of every tensor of a whole model (None: all).
+        model: The unwrapped model; of one with an adapter only the trained tensors are gathered.
+        keep: Whether this rank writes them; the others only take part.
+        rows: How many rows of every tensor of a whole model to keep (None: all).
+
     Returns:
-        {name: tensor}, in main memory where the engine had it in parts; tied weights are one tensor. {} without `keep`.
+        {name: tensor}, in main memory where the engine held parts; tied weights are one tensor. Without `keep` empty.
     """
     adapter = hasattr(model, "peft_config")
-    state, seen = {}, {}
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if adapter and not tensor.requires_grad:
             continue
         if id(tensor) not in seen:
-            full = whole(tensor)
+            full = gather_full(tensor)
             if full.data_ptr() != tensor.data_ptr():  # it was in parts
-                full = full.cpu() if keep else None
+                full = full.cpu() if keep else torch.empty(0)
             if keep and rows and not adapter:
                 full = full[:rows].clone()
             seen[id(tensor)] = full
@@ -60,8 +74,12 @@ def gathered(model, keep, rows=None):
     return state
 
 
-def refuse_infinite(weights):
-    """Raise a UserError for weights, {name: tensor}, that hold something not finite."""
+def refuse_infinite(weights: dict[str, torch.Tensor]) -> None:
+    """Refuse weights to save that are not finite.
+
+    Raises:
+        UserError: The first such tensor.
+    """
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{name} is no longer finite; nothing was written. Lower --learning_rate.")

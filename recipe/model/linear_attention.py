@@ -153,6 +153,8 @@ def _apply_rule(
     if kernel and query.device.type != "cpu":
         return kernel(query, key, value, g=g, beta=beta, cu_seqlens=ends, **settings)[0], None
     rule = inspect.unwrap(original)
-    documents = zip(*(states.split(ends.diff().tolist(), dim=1) for states in (query, key, value, g, beta)), strict=True)
+    documents = zip(
+        *(states.split(ends.diff().tolist(), dim=1) for states in (query, key, value, g, beta)), strict=True
+    )
     outputs = [rule(q, k, v, g=decay, beta=rate, **settings)[0] for q, k, v, decay, rate in documents]
     return torch.cat(outputs, dim=1), None

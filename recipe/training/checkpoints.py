@@ -18,9 +18,9 @@ def record(model_args, data_args, training_args, lora_args, dataset):
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "base model": _model(model_args.model_name_or_path),
-        "mode": engines.mode(args, lora_args),
+        "mode": engines.training_mode(args, lora_args),
         "adapter": adapter if args.use_lora else None,
-        "engine": engines.name(args).removesuffix(" offload"),
+        "engine": engines.engine_of(args).label,
         "processes": args.world_size,
         "rows a step": f"{rows} of {data_args.pack_tokens} tokens" if data_args.pack_tokens else rows,
         "seed": args.seed,
@@ -70,7 +70,7 @@ def find(asked, output_dir):
             )
         return asked
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    steps = sorted((int(name[11:]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit()))
+    steps = sorted(int(name[11:]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit())
     for step in reversed(steps):
         folder = os.path.join(output_dir, f"checkpoint-{step}")
         problem = incomplete(folder)
@@ -106,10 +106,10 @@ def compare(checkpoint, now, ignore_data_skip):
     with open(path, encoding="utf-8") as file:
         then = json.load(file)
     changed = [name for name in now if json.loads(json.dumps(now[name])) != then.get(name)]
-    plain = {then["engine"], now["engine"]} <= {"one process", "DDP"}  # both keep whole weights and a whole optimizer
+    engine, saved_by = engines.ENGINES[now["engine"]], engines.ENGINES.get(then["engine"])
     fatal = [name for name in ("base model", "mode", "adapter") if name in changed]
-    fatal += ["engine"] * ("engine" in changed and not plain)
-    fatal += ["processes"] * ("processes" in changed and now["engine"].startswith("ZeRO"))
+    fatal += ["engine"] * (saved_by is None or saved_by.checkpoint_format != engine.checkpoint_format)
+    fatal += ["processes"] * ("processes" in changed and not engine.resumes_with_other_world_size)
     if not ignore_data_skip:
         fatal += [name for name in ("rows a step", "seed", "data") if name in changed]
     if fatal:

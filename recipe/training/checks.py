@@ -80,7 +80,7 @@ class SelfChecks(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         self.done = False
-        engines.really_runs(trainer)
+        engines.assert_engine_runs(trainer)
         collator = trainer.data_collator
         if collator.padding_free:
             with trainer.accelerator.autocast():  # as in training
@@ -92,7 +92,8 @@ class SelfChecks(transformers.TrainerCallback):
                     "the padding."
                 )
         trainer.rehearse()
-        if args.deepspeed:  # it takes every gradient away as soon as it is there
+        self.keeps_gradients = engines.engine_of(args).keeps_gradients
+        if not self.keeps_gradients:
             trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
             self.arrived = torch.zeros(len(trained), 3, device=args.device)
             self.hooks = [p.register_hook(functools.partial(self._arrives, n)) for n, p in enumerate(trained)]
@@ -101,11 +102,11 @@ class SelfChecks(transformers.TrainerCallback):
         self.arrived[number] += torch.stack([~gradient.isfinite().all(), gradient.any(), gradient.new_ones(()).bool()])
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self.done and not args.deepspeed:
+        if not self.done and self.keeps_gradients:
             self._stop_at({name: _fault(p.grad) for name, p in model.named_parameters() if p.requires_grad}, args)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if not self.done and args.deepspeed:
+        if not self.done and not self.keeps_gradients:
             for hook in self.hooks:
                 hook.remove()
             names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -130,7 +131,7 @@ class SelfChecks(transformers.TrainerCallback):
 def _fault(gradient):
     if gradient is None:
         return NONE
-    gradient = weights.whole(gradient)
+    gradient = weights.gather_full(gradient)
     return _fault_of(not gradient.isfinite().all(), gradient.any(), 1)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from recipe.distributed.engines import Mode
 from recipe.distributed.weights import numel
 from recipe.model.loss import BLOCK
 
@@ -98,40 +99,40 @@ def gpu_bytes(shape, engine, mode, gpus, tokens, checkpointing=True, dtype=torch
         logits: in the computing dtype, in float32, and their gradient, of at most BLOCK supervised tokens; the float32
             gradient of a head that is trained.
     Args:
-        shape: a Shape; engine: a key of engines.TABLE; mode: one of engines.MODES; gpus: processes, one on each.
+        shape: a Shape; engine: an Engine; mode: an engines.Mode; gpus: processes, one on each.
         tokens: of a micro-batch on one GPU; supervised: how many of them are (None: all).
         dropout: of the adapter.
     Returns:
         {part: bytes}: weights, gradients, optimizer, gathered (with copies and buckets), activations, logits, step.
     """
     size, config = dtype.itemsize, shape.config
-    kind, offload = engine.removesuffix(" offload"), engine.endswith(" offload")
-    zero, full, q_lora = kind.startswith("ZeRO"), mode == "full", mode == "QLoRA"
+    zero, offload = engine.masters_apart, engine.offloads
+    full, q_lora = mode == Mode.FULL, mode == Mode.QLORA
     trained = shape.base if full else shape.adapter
     linear = NF4 if q_lora else size  # bytes of a weight of the layers
     frozen = 0 if full else linear * shape.linear + size * (shape.base - shape.linear)
     scales = NF4_SCALES * shape.linear * q_lora
     weights = frozen + (size if zero else 4) * trained
-    share = 1 if kind in ("one process", "DDP") else 1 / gpus
+    share = 1 / gpus if engine.shards_optimizer else 1
     here = 0 if offload else share
 
-    if kind == "ZeRO-2":
+    if engine.deepspeed_stage == 2:
         gathered = 2 * config.hidden_size**2 * size
-    elif kind == "ZeRO-3":
+    elif engine.deepspeed_stage == 3:
         held = NF4 * shape.linear * q_lora * (not checkpointing)
         gathered = held + min(weights - held, ZERO3_LIVE * size) + config.hidden_size**2 * size
-    elif kind == "FSDP2":
+    elif engine.shards_weights:  # FSDP2
         layers = linear * shape.linear + size * (shape.other + shape.adapter * (not full))
         gathered = (2 * layers / config.num_hidden_layers + size * shape.embedding) * (2 if full else 1)
     else:  # rows are looked up in an embedding, which needs no copy of it
         copied = trained - (shape.embedding if full and shape.head else 0)
-        gathered = size * copied * (size < 4) + 4 * trained * (kind == "DDP")
+        gathered = size * copied * (size < 4) + 4 * trained * engine.copies_gradients
 
     block = min(tokens if supervised is None else supervised, BLOCK["cuda"])
     layer = activation_bytes(config, dtype, not full, dropout)
     inputs = config.num_hidden_layers * config.hidden_size * size
     return {
-        "weights": weights * (here if kind in ("ZeRO-3", "FSDP2") else 1) + scales,
+        "weights": weights * (here if engine.shards_weights else 1) + scales,
         "gradients": (size if zero else 4) * trained * here,
         "optimizer": (12 if zero else 8) * trained * here,
         "gathered": gathered + config.hidden_size * config.intermediate_size * size * q_lora,

@@ -1,5 +1,6 @@
 """What a run will do, said before it starts: each number with what it comes from."""
 
+import dataclasses
 import math
 import os
 
@@ -31,7 +32,7 @@ def describe(trainer, compute_dtype, lora_args):
     if linear:
         facts["linear attention"] = linear
     if trainer.args.world_size > 1:
-        facts["engine"] = f"{engines.name(trainer.args)}, {trainer.args.world_size} processes"
+        facts["engine"] = f"{engines.engine_of(trainer.args).label}, {trainer.args.world_size} processes"
     for name, dataset in (trainer.eval_dataset or {}).items():
         facts[f"evaluation rows ({name})"] = report.rows(dataset)
     facts["steps"] = _steps(trainer)
@@ -110,8 +111,9 @@ def _longest(trainer):
 
 
 def _engine(args):
-    """The engine as far as memory goes: on a CPU there is no other one to put things off to."""
-    return engines.name(args).removesuffix(" offload") if args.device.type == "cpu" else engines.name(args)
+    """Return the engine for the estimate: on a CPU everything is in main memory, and offloading changes nothing."""
+    engine = engines.engine_of(args)
+    return dataclasses.replace(engine, offloads=False) if args.device.type == "cpu" else engine
 
 
 def _needed(trainer, compute_dtype, lora_args, checkpointing):
@@ -121,7 +123,7 @@ def _needed(trainer, compute_dtype, lora_args, checkpointing):
     supervised = int(longest * dataset.supervised / max(dataset.tokens, 1))
     supervised = min(supervised, block) if trainer.head is not None else 2 * supervised  # whole logits, in two copies
     needed = memory.gpu_bytes(
-        memory.shape_of(trainer.model), _engine(args), engines.mode(args, lora_args), args.world_size, longest,
+        memory.shape_of(trainer.model), _engine(args), engines.training_mode(args, lora_args), args.world_size, longest,
         checkpointing, compute_dtype, supervised, lora_args.lora_dropout,
     )  # fmt: skip
     if args.device.type == "cpu":
@@ -186,21 +188,18 @@ def _loaded(model, device):
 
 
 def _shared(engine, gpus):
-    """What of the numbers before it is one process's share, and what is elsewhere."""
-    kind, offload = engine.removesuffix(" offload"), engine.endswith(" offload")
-    parts = {"ZeRO-2": "gradients and optimizer", "ZeRO-3": "weights, gradients and optimizer"}
-    parts["FSDP2"] = parts["ZeRO-3"]
-    if kind not in parts:
+    """Return which numbers of the estimate are a 1/world_size share, or are in main memory."""
+    if not engine.shards_optimizer:
         return ""
-    return f" ({parts[kind]} are in main memory)" if offload else f" (a share of 1/{gpus} of {parts[kind]})"
+    parts = "weights, gradients and optimizer" if engine.shards_weights else "gradients and optimizer"
+    return f" ({parts} are in main memory)" if engine.offloads else f" (a share of 1/{gpus} of {parts})"
 
 
 def _disk(trainer, compute_dtype):
     args = trainer.args
     trainable, _ = parameters(trainer.model)
-    # float32 weights and AdamW's two averages; engines add weights to load the model from, and ZeRO-2 those to resume
-    more = {"ZeRO-2": 2 * compute_dtype.itemsize, "ZeRO-3": compute_dtype.itemsize, "FSDP2": 4}
-    size = trainable * (4 + 8 + more.get(engines.name(args).removesuffix(" offload"), 0))
+    # float32 weights, the two averages of AdamW, and what the engine adds
+    size = trainable * (4 + 8 + engines.engine_of(args).extra_checkpoint_bytes(compute_dtype))
     free = free_disk(args.output_dir)
     if args.save_strategy == "no":
         size = trainable * 4  # the trained weights at the end

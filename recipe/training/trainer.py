@@ -137,7 +137,7 @@ class RecipeTrainer(transformers.Trainer):
         from accelerate.utils import gather_object
 
         # Where every forward gathers weights from all ranks, all ranks must generate equally long: each answers all.
-        together = engines.shards(self.args)
+        together = engines.engine_of(self.args).shards_weights
         mine = self.questions[0 if together else self.args.process_index :: 1 if together else self.args.world_size]
         longest = max(len(question.reference_ids) for question in self.questions)
         model = self.accelerator.unwrap_model(self.model)
@@ -165,9 +165,9 @@ class RecipeTrainer(transformers.Trainer):
     def save_model(self, output_dir=None, _internal_call=False, rows=None):
         """Every rank gathers, rank 0 writes and reads back, and every rank learns of what went wrong."""
         output_dir = output_dir or self.args.output_dir
-        if engines.zero3(self.args):
+        if engines.engine_of(self.args).deepspeed_stage == 3:
             self.model_wrapped.empty_partition_cache()  # generation may have left weights on their way
-        state = weights.gathered(self.accelerator.unwrap_model(self.model), self.args.should_save, rows)
+        state = weights.gather_state_dict(self.accelerator.unwrap_model(self.model), self.args.should_save, rows)
         problem = None
         if self.args.should_save:
             try:
@@ -176,10 +176,10 @@ class RecipeTrainer(transformers.Trainer):
                 # The first step may have a learning rate of 0, and in fp16 the first ones may be skipped.
                 moved = self.state.global_step > (20 if self.args.fp16 else 1) and self.args.learning_rate > 0
                 checkpoints.verify_saved(output_dir, state, moved)
-            except Exception as error:  # told on every rank, see weights.agree
+            except Exception as error:  # told on every rank, see weights.raise_on_all_ranks
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
-        weights.agree(problem)
+        weights.raise_on_all_ranks(problem)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 

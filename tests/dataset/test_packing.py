@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from helpers import ROOT, UNEVEN_ROWS, argv, history, reference, relative, step, write
 from transformers import AutoModelForCausalLM
 
 import finetune
+from helpers import ROOT, UNEVEN_ROWS, argv, history, reference, relative, step, write
 from recipe.console import UserError
 from recipe.dataset.collator import Collator
 from recipe.dataset.packing import Packed

@@ -13,12 +13,12 @@ import unicodedata
 from collections import Counter
 
 import pytest
-from helpers import TEMPLATES, template
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from demo import demo_model
+from helpers import TEMPLATES, template
 from recipe.dataset.conversations import to_conversation
 from recipe.dataset.encoding import IGNORE_INDEX, NO_THOUGHT, SPLIT, ChatEncoder
 

@@ -4,9 +4,9 @@ import copy
 import re
 
 import pytest
-from helpers import template
 from tokenizers import AddedToken
 
+from helpers import template
 from recipe.dataset.encoding import FIRST, IGNORE_INDEX, ChatEncoder, supervised_runs
 
 TWO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there 😀"}]

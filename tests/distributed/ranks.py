@@ -1,8 +1,9 @@
-"""What every rank of tests/test_engines.py runs: many short trainings under one engine, and what is compared of them.
+"""What every rank of test_engines.py runs: many short trainings under one engine, and what is compared of them.
 
-torchrun --nproc_per_node 2 tests/ranks.py jobs.json results.json
+torchrun --nproc_per_node 2 tests/distributed/ranks.py jobs.json results.json
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,13 +11,13 @@ import shutil
 import sys
 import traceback
 
-from recipe import console
-from recipe.distributed import weights
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-import finetune  # isort: skip
 import torch
 from accelerate.state import AcceleratorState
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import finetune  # noqa: E402
+from recipe import console  # noqa: E402
+from recipe.distributed import engines, weights  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -35,15 +36,42 @@ def engine(trainer):
     """What really ran: the classes of the wrapped model and of its parameters, and how many of them are in parts."""
     parameters = list(trainer.model.parameters())
     return {
-        "wrapped": type(trainer.model_wrapped).__name__,
-        "stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
+        "classes": [kind.__name__ for kind in type(trainer.model_wrapped).__mro__],
+        "stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0,
         "partitioned": sum(hasattr(p, "ds_id") or type(p).__name__ == "DTensor" for p in parameters),
         "parameters": len(parameters),
         "leaves": sorted(type(m).__name__ for m in trainer.model.modules() if getattr(m, "_z3_leaf", False)),
     }
 
 
+def built_twice(argv):
+    """What a first building of TrainingArguments changes in the environment, and in what further ones differ from it."""
+    before = dict(os.environ)
+    args = finetune.parse(argv)[2]
+    first = dict(os.environ)
+    facts = [
+        [
+            engines.engine_of(one).label,
+            one.deepspeed,
+            one.fsdp_config,
+            one.accelerator_config.to_dict(),
+            one.bf16,
+            one.world_size,
+            str(one.distributed_state.distributed_type),
+        ]
+        for one in (args, finetune.parse(argv)[2], dataclasses.replace(args))
+    ]
+    return {
+        "environment": sorted(name for name in {**before, **first} if before.get(name) != first.get(name)),
+        "later": sorted(name for name in {**first, **os.environ} if first.get(name) != os.environ.get(name)),
+        "equal": facts[0] == facts[1] == facts[2],
+        "facts": facts,
+    }
+
+
 def run(job):
+    if "twice" in job:
+        return built_twice(job["argv"])
     if "copy" in job:
         if RANK == 0:
             shutil.copytree(*job["copy"])
@@ -54,9 +82,9 @@ def run(job):
     trainer = Watched.last
     if "gather" in job:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        weights = {n: weights.whole(p).cpu() for n, p in model.named_parameters() if p.requires_grad}
+        whole = {n: weights.gather_full(p).cpu() for n, p in model.named_parameters() if p.requires_grad}
         if RANK == 0:
-            torch.save(weights, job["gather"])
+            torch.save(whole, job["gather"])
     return engine(trainer) | {"log": trainer.state.log_history}
 
 

@@ -1,10 +1,11 @@
 """Every engine, for real, on two CPU ranks: the losses of one process, weights that load, runs that can be resumed.
 
-Each engine is started once (tests/ranks.py) and runs all its trainings; the tests compare what they left behind.
+Each engine is started once (ranks.py) and runs all its trainings; the tests compare what they left behind.
 """
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -12,22 +13,23 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import DOCUMENTS, ROOT
 
-from recipe.distributed import engines
+from helpers import ROOT
+from recipe.distributed.engines import ENGINES, Mode, Verdict
 
-ENGINES = {
+OFFLOADED = ROOT / "recipe" / "distributed"
+FLAGS = {  # label of an engine: what chooses it
     "one process": ["--use_cpu", "True"],
     "DDP": ["--use_cpu", "True"],
     "ZeRO-2": ["--deepspeed", ROOT / "ds_config_zero2.json"],
     "ZeRO-3": ["--deepspeed", ROOT / "ds_config_zero3.json"],
-    "FSDP2": ["--fsdp", "True", "--fsdp_config", ROOT / "recipe" / "distributed" / "fsdp_config.json"],
-    "ZeRO-2 offload": ["--deepspeed", ROOT / "recipe" / "distributed" / "ds_config_zero2_offload.json"],
-    "ZeRO-3 offload": ["--deepspeed", ROOT / "recipe" / "distributed" / "ds_config_zero3_offload.json"],
+    "FSDP2": ["--fsdp", "True", "--fsdp_config", OFFLOADED / "fsdp_config.json"],
+    "ZeRO-2 offload": ["--deepspeed", OFFLOADED / "ds_config_zero2_offload.json"],
+    "ZeRO-3 offload": ["--deepspeed", OFFLOADED / "ds_config_zero3_offload.json"],
 }
-MODES = {"full": [], "LoRA": ["--use_lora"], "QLoRA": ["--q_lora"]}
-SHARED = [engine for engine in ENGINES if engine != "one process"]
-WHOLE = [engine for engine in ENGINES if "offload" not in engine]
+MODES = {Mode.FULL: [], Mode.LORA: ["--use_lora"], Mode.QLORA: ["--q_lora"]}
+SHARED = [label for label in FLAGS if label != "one process"]
+WHOLE = [label for label in FLAGS if not ENGINES[label].offloads]
 WORDS = "one two three four five six seven eight nine ten eleven twelve".split() * 4
 pytestmark = pytest.mark.slow
 
@@ -44,7 +46,8 @@ def write(path, first, count):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    return write(folder / "rows.jsonl", 0, 45), write(folder / "held_out.jsonl", 45, 3)
+    (folder / "metric.py").write_text(METRIC)
+    return write(folder / "rows.jsonl", 0, 45), write(folder / "held_out.jsonl", 45, 3), folder / "metric.py"
 
 
 SMALL = dict(
@@ -76,60 +79,77 @@ def moe(small_tokenizer, tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("moe"), small_tokenizer, config)
 
 
-@pytest.fixture(scope="module")
-def ran(tiny_model, qwen3, moe, data, tmp_path_factory):
-    """Function from an engine to {training: what it left}; the engine runs when it is asked for the first time."""
-    rows, held_out = data
-    results = {}
+METRIC = """
+import zlib
 
-    def argv(engine, model, output, accumulation, *more):
-        each = 8 // accumulation // (1 if engine == "one process" else 2)  # 8 rows a step everywhere
+def fingerprint(answer, reference, messages):
+    return zlib.crc32(answer.encode()) % 1000
+"""
+
+
+def jobs(label, folder, tiny_model, qwen3, moe, data):
+    """The trainings of one engine: (name, what tests/distributed/ranks.py is to run)."""
+    rows, held_out, metric = data
+    offloads = ENGINES[label].offloads
+
+    def argv(model, output, accumulation, *more):
+        each = 8 // accumulation // (1 if label == "one process" else 2)  # 8 rows a step everywhere
         words = [
             "--model_name_or_path", model, "--data_path", rows, "--output_dir", output, "--bf16", "False",
             "--per_device_train_batch_size", each, "--gradient_accumulation_steps", accumulation,
-            "--logging_steps", "1", "--learning_rate", "1e-2", "--disable_tqdm", "True", *ENGINES[engine], *more,
+            "--logging_steps", "1", "--learning_rate", "1e-2", "--disable_tqdm", "True", *FLAGS[label], *more,
         ]  # fmt: skip
         return list(map(str, words))
 
-    def jobs(engine, folder):
-        plain = ["--max_steps", "7", "--save_strategy", "no"]  # an epoch of 45 rows ends in the sixth
-        for mode, flags in MODES.items():
-            dropout = {"full": []}.get(mode, ["--lora_dropout", "0"])
-            for accumulation in (1, 2)[: 1 if "offload" in engine else 2]:
-                name = f"{mode} {accumulation}"
-                yield name, {"argv": argv(engine, tiny_model, folder / name, accumulation, *plain, *flags, *dropout)}
-            if "offload" in engine:
-                continue
-            long = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--eval_strategy", "steps",
-                    "--eval_steps", "3", "--eval_data_path", held_out, "--eval_generate", "3", *flags]  # fmt: skip
-            dropout = {"full": []}.get(mode, ["--lora_dropout", "0.2"])
-            name, again = folder / f"{mode} whole", folder / f"{mode} resumed"
-            yield f"{mode} whole", {
-                "argv": argv(engine, qwen3, name, 1, *long, *dropout), "gather": folder / f"{mode}.pt",
-            }  # fmt: skip
+    plain = ["--max_steps", "7", "--save_strategy", "no"]  # an epoch of 45 rows ends in the sixth
+    answers = ["--eval_data_path", held_out, "--eval_generate", "3", "--eval_strategy", "steps"]
+    yield "twice", {"argv": argv(tiny_model, folder / "twice", 1), "twice": True}
+    for mode, flags in MODES.items():
+        no_dropout = [*flags, *(["--lora_dropout", "0"] if flags else [])]
+        dropout = [*flags, *(["--lora_dropout", "0.2"] if flags else [])]
+        name = f"{mode} 1"
+        more = [*plain, *answers, "--eval_steps", "7", "--metric", f"{metric}:fingerprint", *no_dropout]
+        yield name, {"argv": argv(tiny_model, folder / name, 1, *more)}
+        long = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", *answers, "--eval_steps", "3",
+                *dropout]  # fmt: skip
+        name, again = folder / f"{mode} whole", folder / f"{mode} resumed"
+        resume = [*long, "--resume_from_checkpoint", "auto"]
+        if offloads:  # in the processes of the engine that does not offload, whose checkpoint it takes up
+            name, again = folder.parent / f"{mode} whole", folder / f"{mode} taken over"
             yield (
-                f"{mode} resumed",
-                {
-                    "argv": argv(engine, qwen3, again, 1, *long, *dropout, "--resume_from_checkpoint", "auto"),
-                    "copy": [name / "checkpoint-3", again / "checkpoint-3"],
-                },
+                f"{mode} taken over",
+                {"argv": argv(qwen3, again, 1, *resume), "copy": [name / "checkpoint-3", again / "checkpoint-3"]},
             )
-            checkpointed = ["--max_steps", "3", "--save_strategy", "no", "--gradient_checkpointing", "True", *flags]
-            dropout = {"full": []}.get(mode, ["--lora_dropout", "0"])
-            name = f"{mode} checkpointed"
-            yield name, {"argv": argv(engine, tiny_model, folder / name, 1, *checkpointed, *dropout)}
-        if "offload" not in engine:
-            yield "experts", {"argv": argv(engine, moe, folder / "moe", 1, "--max_steps", "3", "--save_strategy", "no")}
+            continue
+        yield f"{mode} 2", {"argv": argv(tiny_model, folder / f"{mode} 2", 2, *plain, *no_dropout)}
+        yield f"{mode} whole", {"argv": argv(qwen3, name, 1, *long), "gather": folder / f"{mode}.pt"}
+        yield (
+            f"{mode} resumed",
+            {"argv": argv(qwen3, again, 1, *resume), "copy": [name / "checkpoint-3", again / "checkpoint-3"]},
+        )
+        name = f"{mode} checkpointed"
+        checkpointed = [*plain, "--gradient_checkpointing", "True", *no_dropout]
+        yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed)}
+    if not offloads:
+        yield "experts", {"argv": argv(moe, folder / "moe", 1, "--max_steps", "3", "--save_strategy", "no")}
 
-    def start(engine):
-        folder = tmp_path_factory.mktemp(engine)
-        todo = dict(jobs(engine, folder))
-        if f"{engine} offload" in ENGINES:  # in the same processes
-            offload = jobs(f"{engine} offload", folder / "offload")
-            todo |= {f"offload {name}": job for name, job in offload}
+
+@pytest.fixture(scope="module")
+def ran(tiny_model, qwen3, moe, data, tmp_path_factory):
+    """Function from an engine's label to {training: what it left}; an engine runs when it is first asked for."""
+    results = {}
+    launched_as = {label: ENGINES[label].checkpoint_format if ENGINES[label].offloads else label for label in FLAGS}
+
+    def start(label):
+        folder = tmp_path_factory.mktemp(label)
+        todo = dict(jobs(label, folder, tiny_model, qwen3, moe, data))
+        for other in launched_as:
+            if launched_as[other] == label != other:  # in the same processes
+                offload = jobs(other, folder / "offload", tiny_model, qwen3, moe, data)
+                todo |= {f"offload {name}": job for name, job in offload}
         (folder / "jobs.json").write_text(json.dumps(todo, default=str))
         command = [ROOT / "tests" / "distributed" / "ranks.py", folder / "jobs.json", folder / "results.json"]
-        if engine != "one process":
+        if label != "one process":
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
         done = subprocess.run(
             [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=900, cwd=folder,
@@ -139,14 +159,14 @@ def ran(tiny_model, qwen3, moe, data, tmp_path_factory):
         failed = [result["traceback"] for result in left.values() if "error" in result]
         return {"folder": folder, "problem": "".join(failed) or done.returncode and done.stderr[-4000:], **left}
 
-    def of(engine):
-        launched = engine.removesuffix(" offload")
+    def of(label):
+        launched = launched_as[label]
         if launched not in results:
             results[launched] = {"problem": "it did not end"}  # not again for each test
             results[launched] = start(launched)
         left = results[launched]
         assert not left["problem"], left["problem"]
-        return {name[8:]: left[name] for name in left if name.startswith("offload ")} if engine != launched else left
+        return {name[8:]: left[name] for name in left if name.startswith("offload ")} if label != launched else left
 
     return of
 
@@ -155,18 +175,34 @@ def log(result, key):
     return [entry[key] for entry in result["log"] if key in entry]
 
 
+@pytest.mark.parametrize("label", ENGINES)
+def test_the_verdict_on_an_engine_is_what_these_tests_run_with_it(label):
+    engine, paths = ENGINES[label], pathlib.Path("folder")
+    names = dict(jobs(label, paths, paths, paths, paths, [paths] * 3)) if label in FLAGS else {}
+    for mode in set(Mode) - set(engine.refuses):
+        resumed, trained = f"{mode} resumed" in names, f"{mode} 1" in names
+        assert engine.verdict == (Verdict.RESUMES if resumed else Verdict.TRAINS if trained else Verdict.GPU)
+
+
+@pytest.mark.parametrize("engine", SHARED)
+def test_arguments_built_again_or_copied_are_the_same_and_change_nothing_more(ran, engine):
+    result = ran(engine)["twice"]
+    libraries = ("KMP_", "TORCH", "ACCELERATE_MIXED", "ACCELERATE_DYNAMO", "LOCAL_WORLD")
+    changed = [name for name in result["environment"] if not name.startswith(libraries)]
+    assert result["equal"], result["facts"]
+    assert result["facts"][0][0] == engine and result["facts"][0][5] == 2
+    assert changed == (["ACCELERATE_USE_FSDP", "FSDP_STATE_DICT_TYPE"] if engine == "FSDP2" else [])
+    assert result["later"] == []
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("engine", SHARED)
 def test_the_engine_that_was_asked_for_ran(ran, engine, mode):
+    facts = ENGINES[engine]
     for name in (name for name in ran(engine) if name in (f"{mode} 1", f"{mode} 2")):
         result = ran(engine)[name]
-        if engine == "DDP":
-            assert result["wrapped"] == "DistributedDataParallel" and not result["partitioned"]
-        elif engine == "FSDP2":
-            assert result["wrapped"].startswith("FSDP") and result["partitioned"] == result["parameters"]
-        else:
-            assert result["wrapped"] == "DeepSpeedEngine" and str(result["stage"]) == engine[5]
-            assert result["partitioned"] == (result["parameters"] if "3" in engine else 0)
+        assert facts.wrapped_class in result["classes"] and facts.deepspeed_stage == result["stage"]
+        assert result["partitioned"] == (result["parameters"] if facts.shards_weights else 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -184,10 +220,11 @@ def test_losses_and_gradients_are_those_of_one_process_also_where_an_epoch_ends_
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("engine", WHOLE)
-def test_gradient_checkpointing_changes_no_loss(ran, engine, mode):
-    plain, checkpointed = (log(ran(engine)[f"{mode} {how}"], "loss")[:3] for how in ("1", "checkpointed"))
-    assert checkpointed[0] == pytest.approx(plain[0], rel=1e-5)
-    assert len(checkpointed) == 3 and checkpointed[2] < checkpointed[0]
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(ran, engine, mode):
+    plain, checkpointed = (ran(engine)[f"{mode} {how}"] for how in ("1", "checkpointed"))
+    for key in ("loss", "grad_norm"):
+        assert len(log(plain, key)) == 7
+        assert log(checkpointed, key) == pytest.approx(log(plain, key), rel=1e-4)
 
 
 @pytest.mark.parametrize("engine", SHARED[:4])
@@ -198,11 +235,13 @@ def test_a_mixture_of_experts_trains_as_in_one_process(ran, engine):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("engine", WHOLE)
-def test_evaluation_and_generation_run_on_all_ranks(ran, engine, mode):
-    result = ran(engine)[f"{mode} whole"]
-    assert len(log(result, "eval_loss")) == len(log(result, "eval_exact_match")) == 2
-    assert log(result, "eval_loss")[0] < log(result, "loss")[0] * 1.2
+@pytest.mark.parametrize("engine", SHARED)
+def test_evaluation_and_answers_on_all_ranks_are_those_of_one_process(ran, engine, mode):
+    alone, shared = (ran(which)[f"{mode} 1"] for which in ("one process", engine))
+    for key in ("eval_loss", "eval_fingerprint", "eval_exact_match"):  # fingerprint: of the text of the answers
+        assert len(log(alone, key)) == 1
+        assert log(shared, key) == pytest.approx(log(alone, key), rel=1e-4), key
+    assert log(alone, "eval_fingerprint") != [0]
 
 
 RELOAD = """
@@ -250,6 +289,15 @@ def test_a_resumed_run_takes_the_steps_of_an_unbroken_one(ran, engine, mode):
     assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", [label for label in FLAGS if ENGINES[label].offloads])
+def test_a_checkpoint_is_taken_up_with_offloading_and_goes_on_as_without(ran, engine, mode):
+    whole = ran(ENGINES[engine].checkpoint_format)[f"{mode} whole"]
+    taken_over = ran(engine)[f"{mode} taken over"]
+    for key in ("loss", "learning_rate", "eval_loss"):
+        assert log(taken_over, key) == pytest.approx(log(whole, key), rel=1e-5), key
+
+
 @pytest.mark.parametrize("engine", WHOLE)
 def test_a_checkpoint_of_an_adapter_holds_no_frozen_weights(ran, engine):
     folder = ran(engine)["folder"]
@@ -259,7 +307,3 @@ def test_a_checkpoint_of_an_adapter_holds_no_frozen_weights(ran, engine):
         sizes[mode] = sum(f.stat().st_size for f in files if f.suffix in (".pt", ".safetensors", ".bin", ".distcp"))
     adapter = (folder / "LoRA whole" / "adapter_model.safetensors").stat().st_size
     assert sizes["LoRA"] < 5 * adapter + 200_000
-
-
-def test_the_table_in_the_readme_is_the_one_in_the_code():
-    assert engines.table() in DOCUMENTS

@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT))

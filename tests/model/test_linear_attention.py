@@ -11,15 +11,10 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import UNEVEN_ROWS, argv, history, reference, relative, step, write
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import finetune
 from recipe.dataset.collator import Collator
-from recipe.dataset.encoding import IGNORE_INDEX
 from recipe.model import attention, linear_attention
-from recipe.model.loss import supervised_loss
 from recipe.training import checks
 
 SIGNS = "causal_conv1d|create_recurrent_attention_mask|_is_stateful = True|update_(recurrent|conv)_state"
@@ -123,7 +118,9 @@ def logits_and_gradients(model, rows, autocast=False):
     model.zero_grad()
     logits, weights = [], torch.Generator().manual_seed(2)
     for row in rows:
-        inputs = {name: value for name, value in row.items() if name not in ("labels", "shift_labels", "logits_to_keep")}
+        inputs = {
+            name: value for name, value in row.items() if name not in ("labels", "shift_labels", "logits_to_keep")
+        }
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits.append(model(**inputs, use_cache=False).logits[0])
     logits = torch.cat(logits)
@@ -191,7 +188,9 @@ def untouched(request, monkeypatch):
 
 def test_replacing_the_functions_twice_is_replacing_them_once_and_generation_stays_as_it_was(untouched):
     ids = torch.tensor([random_documents([9])[0][0]["input_ids"]] * 2)
-    options = dict(max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=-1)
+    options = dict(
+        max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=-1
+    )
     before = untouched.generate(ids, **options)
     linear_attention.keep_documents_apart(untouched)
     functions = dict(vars(sys.modules[type(untouched).__module__]))
@@ -218,7 +217,9 @@ WAYS = {
     "reentrant checkpoints": lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
     "checkpoints": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
     "compiled layers": lambda model: [
-        module.compile(backend="aot_eager") for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+        module.compile(backend="aot_eager")
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
     ],
 }
 

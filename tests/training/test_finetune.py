@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, ROWS, argv, history, write
 from safetensors.torch import load_file
 
 import finetune
+from helpers import ROOT, ROWS, argv, history, write
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import ChatEncoder

@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import DOCUMENTS, ROOT
 
 from benchmarks import memory_table
 from benchmarks.memory_table import MEASURED, QWEN2_5, TINY
+from helpers import DOCUMENTS, ROOT
 from recipe.distributed import engines
 from recipe.training import memory
 from recipe.training.memory import GB, gpu_bytes, kept, peak
@@ -72,7 +72,7 @@ def storages():
     return sizes
 
 
-@pytest.mark.parametrize("mode", engines.MODES)
+@pytest.mark.parametrize("mode", list(engines.Mode))
 def test_one_process_holds_the_weights_gradients_and_optimizer_of_the_formula(mode, tmp_path):
     import peft
 
@@ -97,14 +97,17 @@ def test_one_process_holds_the_weights_gradients_and_optimizer_of_the_formula(mo
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     held = sum(size for address, size in storages().items() if address not in before)
-    assert held == pytest.approx(kept(gpu_bytes(TINY, "one process", mode, 1, 100)), rel=0.02)
+    assert held == pytest.approx(kept(gpu_bytes(TINY, engines.ENGINES["one process"], mode, 1, 100)), rel=0.02)
 
 
-@pytest.mark.parametrize("mode", engines.MODES)
+@pytest.mark.parametrize("mode", list(engines.Mode))
 @pytest.mark.parametrize("engine", SHARED)
 def test_the_shares_of_all_gpus_are_the_whole(engine, mode):
     shape = QWEN2_5["7B"]
-    alone, eight = gpu_bytes(shape, engine, mode, 1, 100), gpu_bytes(shape, engine, mode, 8, 100)
+    alone, eight = (
+        gpu_bytes(shape, engines.ENGINES[engine], mode, 1, 100),
+        gpu_bytes(shape, engines.ENGINES[engine], mode, 8, 100),
+    )
     scales = memory.NF4_SCALES * shape.linear * (mode == "QLoRA")  # on every GPU whole
     for part in ("weights", "gradients", "optimizer"):
         common = scales if part == "weights" else 0
@@ -114,11 +117,13 @@ def test_the_shares_of_all_gpus_are_the_whole(engine, mode):
         assert eight[part] == alone[part]
 
 
-@pytest.mark.parametrize("mode", engines.MODES)
-@pytest.mark.parametrize("engine", engines.TABLE)
+@pytest.mark.parametrize("mode", list(engines.Mode))
+@pytest.mark.parametrize("engine", engines.ENGINES)
 def test_more_gpus_need_no_more_memory_on_each_and_larger_models_more(engine, mode):
     gpus, shapes = (1, 2, 8, 64), QWEN2_5.values()
-    needed = [[peak(gpu_bytes(shape, engine, mode, count, 2048)) for count in gpus] for shape in shapes]
+    needed = [
+        [peak(gpu_bytes(shape, engines.ENGINES[engine], mode, count, 2048)) for count in gpus] for shape in shapes
+    ]
     for row in needed:
         assert row == sorted(row, reverse=True)
     for column in zip(*needed, strict=True):
@@ -127,7 +132,7 @@ def test_more_gpus_need_no_more_memory_on_each_and_larger_models_more(engine, mo
 
 @pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3", "FSDP2"])
 def test_offload_leaves_on_the_gpu_what_it_computes_with(engine):
-    parts = gpu_bytes(QWEN2_5["7B"], f"{engine} offload", "full", 8, 2048)
+    parts = gpu_bytes(QWEN2_5["7B"], engines.ENGINES[f"{engine} offload"], "full", 8, 2048)
     weights = 2 * QWEN2_5["7B"].base if engine == "ZeRO-2" else 0
     assert (parts["weights"], parts["gradients"], parts["optimizer"], parts["step"]) == (weights, 0, 0, 0)
     buckets = 2 * 2 * QWEN2_5["7B"].config.hidden_size ** 2  # two, in bf16
@@ -137,16 +142,18 @@ def test_offload_leaves_on_the_gpu_what_it_computes_with(engine):
 def test_known_totals():
     """Full training takes 16 bytes a parameter, and 4 more in the step; QLoRA 0.516 for a weight of a layer."""
     shape = QWEN2_5["3B"]
-    full = gpu_bytes(shape, "one process", "full", 1, 1)
+    full = gpu_bytes(shape, engines.ENGINES["one process"], "full", 1, 1)
     assert kept(full) == 16 * shape.base and peak(full) == 20 * shape.base
-    quarter = gpu_bytes(shape, "one process", "QLoRA", 1, 1)["weights"] - 2 * (shape.base - shape.linear)
+    quarter = gpu_bytes(shape, engines.ENGINES["one process"], "QLoRA", 1, 1)["weights"] - 2 * (
+        shape.base - shape.linear
+    )
     assert (quarter - 4 * shape.adapter) / shape.linear == pytest.approx(0.516, abs=5e-4)
-    assert gpu_bytes(shape, "DDP", "LoRA", 8, 1)["gathered"] == (2 + 4) * shape.adapter
+    assert gpu_bytes(shape, engines.ENGINES["DDP"], "LoRA", 8, 1)["gathered"] == (2 + 4) * shape.adapter
 
 
 def test_checkpointing_and_fewer_tokens_save_activations():
     plain, checkpointed, half = (
-        gpu_bytes(QWEN2_5["7B"], "DDP", "LoRA", 8, tokens, how)["activations"]
+        gpu_bytes(QWEN2_5["7B"], engines.ENGINES["DDP"], "LoRA", 8, tokens, how)["activations"]
         for tokens, how in ((2048, False), (2048, True), (1024, True))
     )
     assert plain > 10 * checkpointed and checkpointed == 2 * half
@@ -175,7 +182,9 @@ def test_the_table_names_every_model_and_column(capsys):
 @pytest.mark.parametrize("point", MEASURED, ids=lambda point: " ".join(map(str, point[1:5])))
 def test_what_was_measured_is_what_the_formula_says(point):
     shape, engine, mode, gpus, tokens, dtype, what, gb, _ = point
-    assert what(gpu_bytes(shape, engine, mode, gpus, tokens, dtype=dtype)) / GB == pytest.approx(gb, rel=0.05)
+    assert what(gpu_bytes(shape, engines.ENGINES[engine], mode, gpus, tokens, dtype=dtype)) / GB == pytest.approx(
+        gb, rel=0.05
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +249,7 @@ def test_a_rank_holds_what_the_formula_says(engine, mode, small_tokenizer, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     held = json.loads((tmp_path / "held.json").read_text())
     print(engine, mode, held, "bytes")  # for memory_table.MEASURED
-    expected = kept(gpu_bytes(TINY, engine, mode, 2, 100, dtype=torch.float32))
+    expected = kept(gpu_bytes(TINY, engines.ENGINES[engine], mode, 2, 100, dtype=torch.float32))
     if (engine, mode) == ("ZeRO-3", "QLoRA"):
         expected += memory.NF4 * TINY.linear  # gathered, and not let go before the step
     assert held == pytest.approx(expected, rel=0.02)

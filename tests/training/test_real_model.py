@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, history, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 import merge
 from demo.demo_model import demo_model
+from helpers import ROOT, history, write
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder

@@ -7,13 +7,12 @@ import shutil
 
 import pytest
 import torch
-import transformers
-from helpers import ROOT, ROWS, argv, history, write
 from safetensors.torch import load_file, save_file
 
 import finetune
+from helpers import ROOT, ROWS, argv, history, write
 from recipe.console import UserError
-from recipe.distributed import engines, weights
+from recipe.distributed import weights
 from recipe.training import checkpoints
 
 
@@ -85,7 +84,7 @@ def test_whole_models_are_checked_shard_by_shard(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    state = weights.gathered(model, keep=True)
+    state = weights.gather_state_dict(model, keep=True)
     model.save_pretrained(tmp_path, state_dict=state, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     checkpoints.verify_saved(tmp_path, state)
@@ -251,180 +250,3 @@ def test_rows_that_are_skipped_on_resume_are_not_tokenised(tiny_model, tmp_path,
     asked.clear()
     finetune.train([*short, "--max_steps", "2502", "--save_strategy", "no", "--resume_from_checkpoint", "auto"])
     assert len(asked) <= 3 * 4
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Engines' settings
-
-
-@pytest.fixture
-def two_ranks(monkeypatch):
-    """As if torchrun had started two processes on a CPU, without starting a process group."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(engines, "_start_on_cpu", lambda args: None)
-
-
-class Args:
-    """The fields of TrainingArguments that engines.prepare reads."""
-
-    def __init__(self, **fields):
-        defaults = dict(
-            deepspeed=None, fsdp=None, fsdp_config=None, use_cpu=True, per_device_train_batch_size=8, bf16=False,
-            fp16=False, gradient_accumulation_steps=1, max_grad_norm=1.0, learning_rate=5e-5, adam_epsilon=1e-8,
-            weight_decay=0.0, lr_scheduler_type="cosine", optim="adamw_torch", accelerator_config=None, world_size=2,
-        )  # fmt: skip
-        vars(self).update({**defaults, **fields})
-
-
-@pytest.mark.parametrize(
-    "path",
-    sorted([*ROOT.glob("ds_config_*.json"), *(ROOT / "recipe").rglob("ds_config_*.json")]),
-    ids=lambda path: path.stem,
-)
-def test_our_deepspeed_configurations_leave_everything_to_the_command_line(path):
-    config = json.loads(path.read_text())
-    assert not {"optimizer", "scheduler"} & set(config)
-    left = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    assert all(config[name] == "auto" for name in left)
-    assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
-    zero = config["zero_optimization"]
-    assert zero["stage"] == int(path.stem[len("ds_config_zero")])
-    assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (zero["stage"] == 3)
-    assert ("offload_optimizer" in zero) == ("offload" in path.stem)
-    # torch's own AdamW, which needs no compiler where the user trains
-    assert config.get("zero_force_ds_cpu_optimizer", False) is False
-
-
-@pytest.mark.parametrize(
-    "change, told",
-    [
-        ({"scheduler": {"type": "WarmupLR"}}, "its scheduler WarmupLR would replace --lr_scheduler_type cosine"),
-        ({"optimizer": {"type": "Lamb"}}, "its optimizer Lamb would replace --optim adamw_torch"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr 0.001 .*--learning_rate 5e-05"),
-        ({"gradient_clipping": 0.5}, "gradient_clipping 0.5 would override --max_grad_norm 1.0"),
-        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu 4 .*--per_device_train_batch_size 8"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2 .*--gradient_accumulation_steps 1"),
-        ({"bf16": {"enabled": True}}, "bf16.enabled True would override --bf16 False"),
-    ],
-)
-def test_a_configuration_that_would_override_the_command_line_names_both(tmp_path, two_ranks, change, told):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **change}))
-    with pytest.raises(UserError, match=f"--deepspeed {path}: .*{told}"):
-        engines.prepare(Args(deepspeed=str(path)))
-
-
-def test_what_a_configuration_leaves_open_follows_the_command_line(tmp_path, two_ranks):
-    args = Args(deepspeed={"zero_optimization": {"stage": 3}})
-    engines.prepare(args)
-    assert args.deepspeed["gradient_clipping"] == args.deepspeed["bf16"]["enabled"] == "auto"
-    assert args.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
-    assert engines.name(args) == "ZeRO-3" and engines.zero3(args) and engines.shards(args)
-
-
-@pytest.mark.parametrize(
-    "content, told", [(None, "cannot be read"), ("{", "not valid JSON"), ("[1]", "expected a JSON object")]
-)
-def test_a_configuration_that_cannot_be_read_is_one_sentence(tmp_path, two_ranks, content, told):
-    path = tmp_path / "mine.json"
-    if content:
-        path.write_text(content)
-    for flags in ({"deepspeed": str(path)}, {"fsdp": True, "fsdp_config": str(path)}):
-        with pytest.raises(UserError, match=told):
-            engines.prepare(Args(**flags))
-
-
-def test_an_ancestors_path_means_the_configuration_beside_the_script(two_ranks, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    args = Args(deepspeed="finetune/ds_config_zero3.json")
-    engines.prepare(args)
-    assert engines.name(args) == "ZeRO-3"
-    assert "finetune/ds_config_zero3.json: not found; using" in capsys.readouterr().out
-
-
-def test_fsdp_of_the_ancestors_becomes_fsdp2_and_its_wrap_class_comes_from_the_model(two_ranks, monkeypatch):
-    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    monkeypatch.delenv("FSDP_STATE_DICT_TYPE", raising=False)
-    args = Args(fsdp="full_shard auto_wrap offload")
-    engines.prepare(args)
-    assert args.fsdp is True and args.fsdp_config["version"] == 2 and args.fsdp_config["cpu_offload"]
-    assert "transformer_layer_cls_to_wrap" not in args.fsdp_config
-    with pytest.raises(UserError, match="version 1 is not supported; use 2"):
-        engines.prepare(Args(fsdp=True, fsdp_config={"version": 1}))
-    for name in ("ACCELERATE_USE_FSDP", "FSDP_STATE_DICT_TYPE"):
-        os.environ.pop(name)
-
-
-def test_engines_exclude_each_other_and_one_cpu_process_needs_none(capsys):
-    with pytest.raises(UserError, match="--deepspeed and --fsdp exclude each other"):
-        engines.prepare(Args(deepspeed="a", fsdp=True))
-    args = Args(deepspeed="a")
-    engines.prepare(args)
-    assert args.deepspeed is None and "DeepSpeed is left out" in capsys.readouterr().out
-
-
-class Lora:
-    def __init__(self, q_lora):
-        self.q_lora = q_lora
-
-
-@pytest.mark.parametrize("mode", engines.MODES)
-@pytest.mark.parametrize("engine", engines.TABLE)
-def test_what_the_table_refuses_is_refused_with_the_remedy(engine, mode):
-    offload = {part: {"device": "cpu"} for part in engines.OFFLOADS} if "offload" in engine else {}
-    fields = {"world_size": 1 if engine == "one process" else 2, "use_lora": mode != "full"}
-    if engine.startswith("ZeRO"):
-        fields["deepspeed"] = {"zero_optimization": {"stage": int(engine[5]), **offload}}
-    elif engine.startswith("FSDP"):
-        fields |= {"fsdp": True, "fsdp_config": {"cpu_offload": bool(offload)}}
-    args = Args(**fields)
-    assert engines.name(args) == engine
-    verdict = engines.TABLE[engine][engines.MODES.index(mode)]
-    if verdict in (engines.TESTED, engines.RUNS, engines.GPU):
-        engines.check(args, Lora(mode == "QLoRA"))
-    else:
-        with pytest.raises(UserError, match=f"{mode} training with {engine}: {verdict}"):
-            engines.check(args, Lora(mode == "QLoRA"))
-
-
-def test_zero_stages_that_are_not_supported_are_refused():
-    args = Args(deepspeed={"zero_optimization": {"stage": 1}}, use_lora=False)
-    with pytest.raises(UserError, match="stage 1 is not supported; use stage 2 or 3"):
-        engines.check(args, Lora(False))
-
-
-@pytest.mark.parametrize(
-    "zero3, frozen, quantized, version, reentrant",
-    [
-        (False, True, True, "0.19.2", False),  # DDP, FSDP2 and ZeRO-2
-        (True, True, False, "0.19.2", True),
-        (True, True, False, "0.16.0", True),
-        (True, True, False, "0.19.8", False),
-        (True, True, True, "0.19.8", True),
-        (True, False, False, "0.19.2", False),
-    ],
-)
-def test_the_kind_of_gradient_checkpointing_follows_the_engine(zero3, frozen, quantized, version, reentrant):
-    assert engines.use_reentrant(zero3, frozen, quantized, version) is reentrant
-
-
-def test_several_gpus_without_a_launcher_are_no_data_parallel(monkeypatch, tmp_path, capsys):
-    start = transformers.TrainingArguments.__post_init__
-
-    def with_four_gpus(self):
-        start(self)
-        self._n_gpu = 4
-
-    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", with_four_gpus)
-    args = finetune.TrainingArguments(output_dir=str(tmp_path))
-    assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
-    assert "one of 4 GPUs is used; for all: torchrun --nproc_per_node 4 finetune.py" in capsys.readouterr().out
-
-
-def test_an_engine_that_silently_is_another_one_is_an_error():
-    class Trainer:
-        args = Args(deepspeed={"zero_optimization": {"stage": 2}})
-        model_wrapped = torch.nn.Linear(1, 1)
-
-    with pytest.raises(UserError, match="ZeRO-2 was asked for and Linear would run"):
-        engines.really_runs(Trainer)

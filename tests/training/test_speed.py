@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, ROWS, argv, history, write
 from transformers import AutoModelForCausalLM
 
 import finetune
+from helpers import ROOT, ROWS, argv, history, write
 from recipe.dataset.collator import Collator
 from recipe.dataset.encoding import IGNORE_INDEX
 from recipe.model import loss, precision
