@@ -33,7 +33,7 @@ from recipe.dataset.collator import Collator
 from recipe.dataset.conversations import Conversations, hold_out
 from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import engines, nodes
-from recipe.model import generation, linear_attention, rope
+from recipe.model import adapter, generation, linear_attention, rope
 from recipe.model.precision import best_dtype, choose_float32, dtype_name, has_bf16
 from recipe.training import checkpoints, curves, start_report
 
@@ -197,8 +197,8 @@ class LoraArguments:
     )
     lora_dropout: float = flag(0.05, "Dropout before the adapter, 0 to 1. Default 0.05; more for few data, 0 for many.")
     lora_target_modules: list[str] = flag(None,
-        "Names of the linear layers to adapt. Default: every one except the output head; fewer, such as q_proj "
-        "v_proj, save memory."
+        "Names of the linear layers to adapt. Default: every one except the output head, routers and gates of one "
+        "number a head; fewer, such as q_proj v_proj, save memory."
     )
     lora_weight_path: str = flag("", "Folder of an adapter to continue from, with its own rank. Default: a new one.")
     lora_bias: Literal["none", "all", "lora_only"] = flag("none",
@@ -497,7 +497,7 @@ def add_adapter(model, training_args, lora_args):
                 r=lora_args.lora_r,
                 lora_alpha=lora_args.lora_alpha,
                 lora_dropout=lora_args.lora_dropout,
-                target_modules=lora_args.lora_target_modules or "all-linear",
+                target_modules=lora_args.lora_target_modules or adapter.default_targets(model),
                 bias=lora_args.lora_bias,
                 use_rslora=lora_args.use_rslora,
                 use_dora=lora_args.use_dora,

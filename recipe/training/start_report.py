@@ -9,7 +9,7 @@ import numpy as np
 from recipe.console import UserError, say
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
-from recipe.model import linear_attention
+from recipe.model import adapter, linear_attention
 from recipe.model.loss import BLOCK
 from recipe.model.precision import dtype_name
 from recipe.training import memory
@@ -56,8 +56,11 @@ def _trained(model, args, lora_args):
     if args.use_lora:
         config = model.peft_config["default"]
         names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-        adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {adapted}"
+        adapted = {name.rsplit(".", 1)[-1] for name in names}
+        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {', '.join(sorted(adapted))}"
+        gates = {part for name in adapter.gates(model) for part in name.split(".") if part in adapter.GATES - adapted}
+        if gates:
+            kind += f" (not on the gates {', '.join(sorted(gates))}, which --lora_target_modules can name)"
         kind += ", base in 4 bits (NF4)" * lora_args.q_lora
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
 
