@@ -10,10 +10,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import ROOT
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations, hold_out, to_conversation
 from recipe.dataset.files import TextRecords, open_records

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 from helpers import ROOT
-
 from recipe.dataset.conversations import Conversations
 
 DATA = ROOT / "data"
