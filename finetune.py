@@ -7,18 +7,13 @@ Reads top to bottom in the order the data flows: arguments, datasets, model and 
 evaluation and what a save does are in trainer.py.
 """
 
-import collections
-import inspect
 import itertools
-import os
-import re
 import sys
-from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
 from recipe import command_line, console
-from recipe.dataset import collator, files, packing
+from recipe.dataset import packing
 
 console.quiet()  # before the libraries are imported
 import torch
@@ -28,9 +23,9 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from recipe.console import UserError, say
-from recipe.dataset import conversations, encoding, report, tokenised
+from recipe.dataset import encoding, report, tokenised
 from recipe.dataset.collator import Collator
-from recipe.dataset.conversations import Conversations, hold_out
+from recipe.dataset.conversations import Conversations, hold_out, named_paths
 from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import engines, nodes
 from recipe.model import adapter, generation, linear_attention, rope
@@ -244,152 +239,87 @@ from recipe.training.trainer import RecipeTrainer  # noqa: E402
 
 
 class SupervisedDataset(Dataset):
-    """Conversations tokenised ahead, in batches, into a memory-mapped file that a second run opens at once.
+    """Conversations tokenised in advance, into a memory-mapped file that a second run opens at once.
 
-    An item is the list of documents of one conversation (see `encoding.Encoded`).
+    An item is the list of documents of one conversation (see `encoding.Document`).
 
     Args:
-        conversations: a `Conversations`.
-        encoder: a `ChatEncoder`.
+        conversations: where they are read from.
+        encoder: how they become ids and labels.
         max_length: longest document, in tokens.
         overlong: "drop", "truncate" or "error", for conversations with a longer one.
     Attributes:
-        kept: numbers of the conversations in use; dropped: reason -> numbers of those that are not.
-        notes: Counter of what the encoder noted; lengths: tokens of the longest document of every conversation, as it
-        was read; sizes: tokens of all its documents in use; tokens, supervised: sums over the kept ones; examined: how
-        many conversations these figures are of.
+        kept, dropped, lengths, sizes, notes, tokens, supervised: see `tokenised.Figures`.
+        examined: number of conversations that these figures count.
     Raises:
         UserError: a conversation cannot be read or rendered, or none is left.
     """
 
-    batch = 1000
-
-    def __init__(self, conversations, encoder, max_length, overlong="drop"):
-        self.conversations, self.encoder = conversations, encoder
-        self.max_length, self.overlong = max_length, overlong
-        # A million rows are 20 MB so, and would be 100 MB in lists.
-        self.kept, self.lengths, self.sizes, self.dropped = array("q"), array("i"), array("q"), {}
-        self.notes, self.tokens, self.supervised = collections.Counter(), 0, 0
-        self._prepare()
+    def __init__(self, conversations: Conversations, encoder: ChatEncoder, max_length: int, overlong: str = "drop"):
+        self.conversations, self.max_length = conversations, max_length
+        self.tokeniser = tokenised.Tokeniser(conversations, encoder, max_length, overlong)
+        figures = self._prepare()
+        self.kept, self.dropped, self.lengths, self.sizes = (
+            figures.kept,
+            figures.dropped,
+            figures.lengths,
+            figures.sizes,
+        )
+        self.notes, self.tokens, self.supervised = figures.notes, figures.tokens, figures.supervised
         self.examined = len(self.lengths)
         if not len(self):
-            reasons = "; ".join(f"{len(numbers)} {reason}" for reason, numbers in self.dropped.items())
+            reasons = "; ".join(f"{len(rows)} {reason.words(max_length)}" for reason, rows in self.dropped.items())
             raise UserError(f"no row is left to use: {reasons}. Raise --model_max_length or mend the data.")
 
-    def _prepare(self):
-        self.rows = tokenised.rows(self._generate, self._fingerprint())
-        for number, figures in enumerate(tokenised.figures(self.rows)):
-            self._count(number, *figures)
+    def _prepare(self) -> tokenised.Figures:
+        self.rows = tokenised.cached_rows(self.tokeniser)
+        return tokenised.figures_of_table(self.rows)
 
-    def _generate(self):
-        from tqdm import tqdm
-
-        total = len(self.conversations)
-        with tqdm(
-            total=total, desc="tokenising", unit=" rows", disable=total < self.batch or console.rank() > 0
-        ) as bar:
-            for start in range(0, total, self.batch):
-                rows = self.encode(range(start, min(start + self.batch, total)))
-                yield from rows
-                bar.update(len(rows))
-
-    def _fingerprint(self):
-        code = [
-            inspect.getsource(part) for part in (encoding, conversations, files, collator, tokenised, SupervisedDataset)
-        ]
-        return [*code, self.conversations.fingerprint(), self.encoder.fingerprint(), self.max_length, self.overlong]
-
-    def _count(self, number, dropped, notes, length, tokens, supervised):
-        self.lengths.append(length)
-        self.sizes.append(tokens)
-        self.notes.update(notes)
-        if dropped:
-            self.dropped.setdefault(dropped, []).append(number)
-        else:
-            self.kept.append(number)
-            self.tokens += tokens
-            self.supervised += supervised
-
-    def encode(self, numbers):
-        """Tokenise the conversations with these numbers; a dict for each, with `documents` and why it was `dropped`."""
-        return [self._fitted(number, row) for number, row in zip(numbers, self._encoded(numbers), strict=True)]
-
-    def _encoded(self, numbers):
-        from jinja2 import TemplateError
-
-        batch = [self.conversations[number] for number in numbers]
-        try:
-            return self.encoder.encode_batch(batch)
-        except (TemplateError, ValueError) as error:
-            if len(batch) == 1:
-                raise UserError(f"{self.conversations.where(numbers[0])}: {str(error).rstrip('.')}.") from None
-            return [self._encoded([number])[0] for number in numbers]  # finds the one that it was
-
-    def _fitted(self, number, encoded):
-        documents, notes = encoded.documents, list(encoded.notes)
-        length = max((len(document["input_ids"]) for document in documents), default=0)
-        dropped = "" if documents else "without a turn to learn"
-        if length > self.max_length:
-            if self.overlong == "error":
-                raise UserError(
-                    f"{self.conversations.where(number)}: {length} tokens, expected at most {self.max_length}; raise "
-                    "--model_max_length or set --overlong drop."
-                )
-            documents = tokenised.truncated(documents, self.max_length) if self.overlong == "truncate" else []
-            dropped = "" if documents else f"longer than {self.max_length} tokens"
-            notes += ["cut after the last turn that fits"] * bool(documents)
-        count = [sum(label != encoding.IGNORE_INDEX for label in document["labels"]) for document in documents]
-        return dict(documents=documents, dropped=dropped, notes=notes, length=length, supervised=sum(count),
-                    tokens=sum(len(document["input_ids"]) for document in documents))  # fmt: skip
-
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> list[encoding.Document]:
         return self.rows[self.kept[index]]["documents"]
 
 
 class LazySupervisedDataset(SupervisedDataset):
-    """Conversations tokenised when they are asked for; neither the file nor any tokens stay in memory.
+    """Conversations tokenised when they are needed; neither the file nor any tokens stay in memory.
 
-    The first `scan` conversations are tokenised once at the start, to report figures and to leave out what must be
-    dropped. One that must be dropped further on gives its place to the next that is kept.
+    The first ones (tokenised.SCAN) are tokenised once at the start, for the figures and to leave out those that must be
+    dropped. A later one that must be dropped is replaced by the next that is kept.
     """
 
-    scan = 10_000
+    def _prepare(self) -> tokenised.Figures:
+        self.scanned = min(tokenised.SCAN, len(self.conversations))
+        return tokenised.figures_of(self.tokeniser, self.scanned)
 
-    def _prepare(self):
-        self.scanned = min(self.scan, len(self.conversations))
-        for start in range(0, self.scanned, self.batch):
-            numbers = range(start, min(start + self.batch, self.scanned))
-            for number, row in zip(numbers, self.encode(numbers), strict=True):
-                self._count(number, *(row[name] for name in tokenised.FIGURES))
-
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.kept) + len(self.conversations) - self.scanned
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> list[encoding.Document]:
         number = self.kept[index] if index < len(self.kept) else self.scanned + index - len(self.kept)
         for candidate in itertools.chain(range(number, len(self.conversations)), range(number)):
-            (row,) = self.encode([candidate])
+            (row,) = self.tokeniser.rows([candidate])
             if not row["dropped"]:
                 return row["documents"]
+        raise UserError("no row is left to use; raise --model_max_length or mend the data.")
 
 
-def make_datasets(data_args, training_args, encoder):
-    """The training dataset, and those to evaluate on by the name of their file (None where there is nothing)."""
-    paths, options = data_args.data_path, (encoder, training_args.model_max_length, data_args.overlong)
-    chosen, held_out = Conversations(paths), {}
-    if data_args.eval_data_path:
-        names = [os.path.basename(path).split(".")[0] for path in data_args.eval_data_path]
-        if len(set(names)) < len(names):
-            names = [re.sub(r"\W+", "_", path).strip("_") for path in data_args.eval_data_path]
-        held_out = {name: Conversations([path]) for name, path in zip(names, data_args.eval_data_path, strict=True)}
-    elif data_args.eval_ratio:
-        chosen, held_out["held_out"] = hold_out(paths, data_args.eval_ratio, training_args.seed)
-    kind = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
-    # Evaluation rows are tokenised ahead in any case: no row may stand in for another there.
-    return kind(chosen, *options), {name: SupervisedDataset(part, *options) for name, part in held_out.items()} or None
+def make_datasets(
+    data_args: DataArguments, training_args: TrainingArguments, encoder: ChatEncoder
+) -> tuple[SupervisedDataset, dict[str, SupervisedDataset] | None]:
+    """Return the training dataset, and those to evaluate on by the name of their file (None if there is none)."""
+    held_out = {}
+    if data_args.eval_ratio:
+        chosen, held_out["held_out"] = hold_out(data_args.data_path, data_args.eval_ratio, training_args.seed)
+    else:
+        chosen = Conversations(data_args.data_path)
+        held_out = {name: Conversations([path]) for name, path in named_paths(data_args.eval_data_path or []).items()}
+    limits = {"max_length": training_args.model_max_length, "overlong": data_args.overlong}
+    train_class = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
+    train_dataset = train_class(chosen, encoder, **limits)
+    # Evaluation rows are always tokenised in advance: no row may replace another there.
+    return train_dataset, {name: SupervisedDataset(part, encoder, **limits) for name, part in held_out.items()} or None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -585,13 +515,12 @@ def run(model_args, data_args, training_args, lora_args):
     if training_args.resume_from_checkpoint:
         checkpoints.compare(training_args.resume_from_checkpoint, record, training_args.ignore_data_skip)
 
-    if data_args.preview or data_args.validate_only or data_args.dump_tokens:
-        report.look(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})
+    if report.inspect(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})}):
         return {}
 
     if data_args.pack_tokens:
         seed = None if training_args.train_sampling_strategy == "sequential" else training_args.seed
-        train_dataset = packing.Packed(train_dataset, data_args.pack_tokens, seed, training_args.torch_compile)
+        train_dataset = packing.PackedDataset(train_dataset, data_args.pack_tokens, seed, training_args.torch_compile)
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
     generation.stop_at(model, tokenizer, encoder)

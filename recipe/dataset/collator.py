@@ -1,15 +1,47 @@
-"""From encoded conversations to what the model sees.
+"""From encoded conversations to the tensors that the model sees.
 
-An item of a dataset is one conversation: a list of documents (see `tokens.ChatEncoder.encode_batch`). A micro-batch of
-conversations becomes one row of documents side by side, each with positions that start at 0 and no attention mask, so
-nothing is padded and no document sees another; or, where the model cannot do that, one padded row for each document.
+An item of a dataset is one conversation: a list of documents (see `encoding.Document`). A micro-batch of conversations
+becomes one row of documents side by side, each with positions that start at 0 and no attention mask, so that nothing is
+padded and no document sees another. If the model cannot do that, it becomes one padded row for each document.
+
+`labels` stand at the position of their own token. `shift_labels` are what the loss uses: the logits of position t
+predict token t + 1, so shift_labels[t] is labels[t + 1] of the same document, and IGNORE_INDEX at its last position.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 import torch
 
-from recipe.dataset.encoding import IGNORE_INDEX
+from recipe.dataset.encoding import IGNORE_INDEX, Document
+
+
+class Batch(TypedDict):
+    """One micro-batch: B rows of T tokens, B = 1 if padding-free; K positions have a label in some row.
+
+    input_ids: int64 [B, T].
+    labels: int64 [B, T], a token's own id or IGNORE_INDEX.
+    shift_labels: int64 [B, T], the label of the next token.
+    logits_to_keep: int64 [K], the positions t whose logits the loss needs; [0] if there is no label.
+    position_ids: int64 [1, T], from 0 in each document; padding-free only, like the next three.
+    cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], 0 and where each document ends; the names, and max_length_q and
+        max_length_k (tokens of the longest document), are those of transformers' flash attention.
+    padding_tokens: how many tokens of the row belong to no conversation; only if there are any.
+    attention_mask: int64 [B, T], 0 on padding; padded rows only.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    shift_labels: torch.Tensor
+    logits_to_keep: torch.Tensor
+    position_ids: NotRequired[torch.Tensor]
+    cu_seq_lens_q: NotRequired[torch.Tensor]
+    cu_seq_lens_k: NotRequired[torch.Tensor]
+    max_length_q: NotRequired[int]
+    max_length_k: NotRequired[int]
+    padding_tokens: NotRequired[int]
+    attention_mask: NotRequired[torch.Tensor]
 
 
 class Collator:
@@ -17,47 +49,57 @@ class Collator:
 
     Args:
         padding_free: one row without padding (True) or padded rows with an attention mask (False).
-    Returns, with B rows of T tokens (B is 1 when padding-free) and K positions that are supervised in some row:
-        input_ids, labels: int64 [B, T].
-        shift_labels: int64 [B, T], the label of the next token of the same document, or IGNORE_INDEX.
-        logits_to_keep: int64 [K], the positions whose logits the loss needs.
-        position_ids int64 [1, T], cu_seq_lens_q and _k int32 [documents + 1] and max_length_q and _k (int) when
-        padding-free (0 and where documents end, and the longest: the names of transformers' flash attention);
-        attention_mask int64 [B, T] when padded; filler (int): positions that belong to no conversation, where there
-        are any.
     """
 
-    def __init__(self, padding_free=True):
+    def __init__(self, padding_free: bool = True):
         self.padding_free = padding_free
 
-    def __call__(self, conversations):
-        documents = [document for documents in conversations for document in documents]
-        if not self.padding_free:  # which have a length of their own
-            documents = [document for document in documents if not document.get("filler")]
-        # A rank whose share of an evaluation set is empty still runs the model, as the other ranks wait for it.
-        documents = documents or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}]
+    def __call__(self, conversations: Sequence[Sequence[Document]]) -> Batch:
+        documents = [document for conversation in conversations for document in conversation]
+        if not self.padding_free:  # padded rows have a length of their own
+            documents = [document for document in documents if not document.get("padding")]
+        # A rank whose share of an evaluation set is empty still runs the model, because the other ranks wait for it.
+        documents = documents or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2, "turns": []}]
         ids = [torch.tensor(document["input_ids"], dtype=torch.long) for document in documents]
         labels = [torch.tensor(document["labels"], dtype=torch.long) for document in documents]
         shifted = [torch.cat([label[1:], label.new_tensor([IGNORE_INDEX])]) for label in labels]
-        if self.padding_free:
-            batch = {name: torch.cat(parts)[None] for name, parts in _named(ids, labels, shifted)}
-            batch["position_ids"] = torch.cat([torch.arange(len(part)) for part in ids])[None]
-            ends = torch.tensor([0, *itertools.accumulate(map(len, ids))], dtype=torch.int32)
-            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = ends
-            batch["max_length_q"] = batch["max_length_k"] = max(map(len, ids))
-            filler = sum(len(document["input_ids"]) for document in documents if document.get("filler"))
-            batch |= {"filler": filler} if filler else {}
-        else:
-            lengths = torch.tensor([len(part) for part in ids])
-            pad = torch.nn.utils.rnn.pad_sequence
-            fill = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
-            batch = {name: pad(parts, True, fill[name]) for name, parts in _named(ids, labels, shifted)}
-            # By length, never by comparing ids: a pad token can be a real token of the conversation.
-            batch["attention_mask"] = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
-        kept = (batch["shift_labels"] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-        batch["logits_to_keep"] = kept if len(kept) else torch.zeros(1, dtype=torch.long)
+        batch = self._side_by_side(ids, labels, shifted) if self.padding_free else self._padded(ids, labels, shifted)
+        padding = sum(len(document["input_ids"]) for document in documents if document.get("padding"))
+        if padding:
+            batch["padding_tokens"] = padding
         return batch
 
+    def _side_by_side(self, ids: list[torch.Tensor], labels: list[torch.Tensor], shifted: list[torch.Tensor]) -> Batch:
+        ends = torch.tensor([0, *itertools.accumulate(map(len, ids))], dtype=torch.int32)
+        longest = max(map(len, ids))
+        next_labels = torch.cat(shifted)[None]
+        return {
+            "input_ids": torch.cat(ids)[None],
+            "labels": torch.cat(labels)[None],
+            "shift_labels": next_labels,
+            "position_ids": torch.cat([torch.arange(len(part)) for part in ids])[None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "logits_to_keep": _supervised_positions(next_labels),
+        }
 
-def _named(ids, labels, shifted):
-    return ("input_ids", ids), ("labels", labels), ("shift_labels", shifted)
+    def _padded(self, ids: list[torch.Tensor], labels: list[torch.Tensor], shifted: list[torch.Tensor]) -> Batch:
+        pad = torch.nn.utils.rnn.pad_sequence
+        lengths = torch.tensor([len(part) for part in ids])
+        next_labels = pad(shifted, True, IGNORE_INDEX)
+        return {
+            "input_ids": pad(ids, True, 0),
+            "labels": pad(labels, True, IGNORE_INDEX),
+            "shift_labels": next_labels,
+            # By length, never by comparing ids: a pad token can be a real token of the conversation.
+            "attention_mask": (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long(),
+            "logits_to_keep": _supervised_positions(next_labels),
+        }
+
+
+def _supervised_positions(shift_labels: torch.Tensor) -> torch.Tensor:
+    """Return the positions, int64 [K], that have a label in some row of shift_labels [B, T]."""
+    kept = (shift_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
+    return kept if len(kept) else torch.zeros(1, dtype=torch.long)

@@ -16,8 +16,11 @@ import shutil
 import tempfile
 import zlib
 from array import array
+from typing import Any, BinaryIO, Protocol
 
 from recipe.console import UserError
+
+FIRST_OBJECT = 1 << 24  # bytes that are read to recognise an object over several lines; no record is as long
 
 TABLES = {  # what `datasets` reads: its name for the kind of file, and what such a file must be
     ".parquet": ("parquet", "a whole Parquet file with at least one row"),
@@ -25,18 +28,39 @@ TABLES = {  # what `datasets` reads: its name for the kind of file, and what suc
 }
 
 
+class Records(Protocol):
+    """What a file or a dataset of the hub looks like to the rest: a sequence of records, as JSON values."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def where(self, index: int) -> str:
+        """Name the file and the record, counted from 1."""
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with the content."""
+
+
 class TextRecords:
-    """Records of a JSON or JSON Lines file, found by content rather than by name, read one at a time.
+    """Records of a JSON or JSON Lines file, recognised by content rather than by name, read one at a time.
 
     Keeps two 8-byte offsets a record and an open file, never the text; `os.pread` makes it safe in forked workers.
+
+    Raises:
+        UserError: the file cannot be read, is no UTF-8, no JSON, or holds no record.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self.name = path
         try:
-            self._file = open(path, "rb")
+            self._file: BinaryIO = open(path, "rb")
             self._stat = os.fstat(self._file.fileno())
-            if self._file.read(2) == b"\x1f\x8b":  # gzip: unpacked once to a file that vanishes with this process
+            if (
+                self._file.read(2) == b"\x1f\x8b"
+            ):  # gzip: unpacked once, to a file without a name, which ends with this process
                 self._file = tempfile.TemporaryFile()
                 with gzip.open(path, "rb") as packed:
                     shutil.copyfileobj(packed, self._file)
@@ -59,14 +83,14 @@ class TextRecords:
         if not len(self._starts):
             raise UserError(f"{path}: holds no record; expected at least one conversation.")
 
-    def _read(self):
-        """A new file object over the text, behind a byte order mark."""
+    def _read(self) -> BinaryIO:
+        """Open the text again, after a byte order mark."""
         file = open(self._fd, "rb", closefd=False)
         file.seek(self._skip)
         return file
 
-    def _is_json_lines(self, first):
-        """Whether each line is a record; if not, the file is a JSON array or has values one after the other."""
+    def _is_json_lines(self, first: bytes) -> bool:
+        """Return whether each line is a record; if not, the file is a JSON array or a series of JSON values."""
         first = first.strip()
         if not first.startswith(b"{"):
             return not first.startswith(b"[")  # neither: report the bad record as a line of JSON Lines
@@ -78,13 +102,14 @@ class TextRecords:
         if first == b"{":
             return False
         try:  # the beginning of an object over several lines, or a broken line of JSON Lines
-            json.JSONDecoder().raw_decode(os.pread(self._fd, 1 << 24, self._skip).decode(errors="replace").lstrip())
+            start = os.pread(self._fd, FIRST_OBJECT, self._skip).decode(errors="replace").lstrip()
+            json.JSONDecoder().raw_decode(start)
             return False
         except (ValueError, RecursionError):
             return True
 
-    def _index_lines(self):
-        """Offsets of the lines that are not blank and, for each blank line, the number of records before it."""
+    def _index_lines(self) -> tuple[array, array, array]:
+        """Return offsets of the lines that are not blank and, for each blank line, the number of records before it."""
         starts, ends, blanks, offset = array("q"), array("q"), array("q"), self._skip
         with self._read() as file:
             for line in file:
@@ -96,8 +121,8 @@ class TextRecords:
                 offset += len(line)
         return starts, ends, blanks
 
-    def _index_values(self):
-        """Offsets of the elements of a JSON array, or of JSON values written one after the other.
+    def _index_values(self) -> tuple[array, array, array]:
+        """Return offsets of the elements of a JSON array, or of a series of JSON values; there are no blank lines.
 
         The text is in memory only while it is indexed.
         """
@@ -135,15 +160,15 @@ class TextRecords:
         if in_array and text[position + 1 :].strip():
             line = text.count("\n", 0, position) + 1
             raise UserError(f"{self.name}: found more text after the list that ends in line {line}; expected one list.")
-        return starts, ends, None
+        return starts, ends, array("q")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return TextRecords, (self.name,)  # a process that was not forked opens the file again
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         start, end = int(self._starts[index]), int(self._ends[index])
         data = os.pread(self._fd, end - start, start)
         try:
@@ -153,19 +178,24 @@ class TextRecords:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.where(index)}: not valid JSON: {json_problem(error)}.") from None
 
-    def where(self, index):
-        """Words that name record `index` (from 0): the file, the record counted from 1 and, for lines, the line."""
+    def where(self, index: int) -> str:
+        """Name the file, the record counted from 1 and, for JSON Lines, the line."""
         line = f" (line {index + 1 + bisect.bisect_right(self._blanks, index)})" if self.lines else ""
         return f"{self.name}: record {index + 1}{line}"
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
+        """Return the file's path, size and time of its last change."""
         return f"{os.path.abspath(self.name)} {self._stat.st_size} {self._stat.st_mtime_ns}"
 
 
 class TableRecords:
-    """Records of a Parquet or CSV file or of a dataset on the hub, memory-mapped by `datasets`."""
+    """Records of a Parquet or CSV file or of a dataset on the hub, memory-mapped by `datasets`.
 
-    def __init__(self, name):
+    Raises:
+        UserError: it cannot be loaded or holds no record.
+    """
+
+    def __init__(self, name: str):
         import datasets
 
         self.name = name
@@ -185,22 +215,23 @@ class TableRecords:
         if not len(self._rows):
             raise UserError(f"{name}: holds no record; expected at least one conversation.")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         return _without_nulls(self._rows[int(index)])
 
-    def where(self, index):
-        """Words that name record `index` (from 0)."""
+    def where(self, index: int) -> str:
+        """Name the file and the record, counted from 1."""
         return f"{self.name}: record {index + 1}"
 
-    def fingerprint(self):
-        return self._rows._fingerprint  # `datasets` has it from the file's content or the hub's commit
+    def fingerprint(self) -> str:
+        """Return what `datasets` computes from the file's content or the hub's commit."""
+        return self._rows._fingerprint
 
 
-def _csv_options(name):
-    """All columns of a CSV file as text, so that an answer such as 42, 007 or NA stays what was written."""
+def _csv_options(name: str) -> dict[str, Any]:
+    """Read all columns of a CSV file as text, so that an answer such as 42, 007 or NA stays what was written."""
     import datasets
     import pandas
 
@@ -213,15 +244,19 @@ def _csv_options(name):
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
-def _without_nulls(value):
-    """Tables fill the fields that a row lacks with None; the record as written did not have them."""
+def _without_nulls(value: Any) -> Any:
+    """Remove the None with which tables fill the fields that a row lacks: the record as written did not have them."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def open_records(path):
-    """Open a data file, or a dataset of the hub by name, as a sequence of records with a method `where(index)`."""
+def open_records(path: str) -> Records:
+    """Open a data file, or a dataset of the hub by name.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name the files in it, --data_path takes several.")
     if os.path.exists(path):
@@ -232,13 +267,13 @@ def open_records(path):
     return TableRecords(path)
 
 
-def json_problem(error):
-    """Why the json module refused a text: bad JSON, an endless number, or lists too deep."""
+def json_problem(error: Exception) -> str:
+    """Say why the json module refused a text: bad JSON, a number that is too long, or lists too deep."""
     return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def value_in_words(value):
-    """Words for a value in an error message: its kind and, in short, the value."""
+def value_in_words(value: Any) -> str:
+    """Describe a value in an error message: its kind and, shortened, the value."""
     if value is None:
         return "nothing (null)"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value"}

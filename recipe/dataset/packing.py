@@ -1,35 +1,40 @@
-"""Rows of a fixed number of tokens, the order of an epoch, and datasets filled up to whole batches."""
+"""Rows of a fixed number of tokens, the order of an epoch, and datasets padded to whole batches."""
 
 import bisect
 import math
 import random
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from recipe.dataset.encoding import IGNORE_INDEX
+from recipe.dataset.encoding import IGNORE_INDEX, Document
+
+OPEN_PACKS = 256  # the fill no longer grows beyond some hundred, while the search for the best pack takes longer
+CHUNK = 10_000  # row numbers that become Python integers at a time; a list of a million takes 36 MB
 
 
-class Packed(torch.utils.data.Dataset):
+class PackedDataset(torch.utils.data.Dataset):
     """A dataset whose items are documents of several conversations, as many as fit into `tokens` tokens.
 
-    Conversations are taken in a random order (or as they come) and each goes to the open pack that it fills best; a
-    bounded number of packs is open at a time. A conversation of several documents that together are too long is shared
-    out by document. No document is cut.
+    Best-fit packing (Ding et al., arXiv 2404.10830), with a bounded number of open packs: conversations are taken in a
+    random order (or in that of the dataset), and each goes into the open pack that it fills best. A conversation whose
+    documents do not fit into one pack together is divided by document. No document is cut.
 
     Args:
         dataset: a `SupervisedDataset` none of whose documents is longer than `tokens`.
-        seed: of the order; None keeps that of the dataset.
-        static: fill each pack up with a document of which nothing is learnt, so that all are equally long.
+        tokens: length of a row.
+        seed: for the order; None keeps that of the dataset.
+        pad_to_full: append a document without labels to each pack, so that all rows are equally long.
     """
 
-    limit = 256  # open packs
-
-    def __init__(self, dataset, tokens, seed=None, static=False):
-        self.dataset, self.tokens, self.static = dataset, tokens, static
+    def __init__(self, dataset: Any, tokens: int, seed: int | None = None, pad_to_full: bool = False):
+        self.dataset, self.tokens, self.pad_to_full = dataset, tokens, pad_to_full
         order = list(range(len(dataset)))
         if seed is not None:
             random.Random(seed).shuffle(order)
-        self.packs, opened = [], []  # lists of (item, document or None for all); sorted (room, pack)
+        self.packs: list[list[tuple[int, int | None]]] = []  # of (item, number of the document or None for all)
+        opened: list[tuple[int, int]] = []  # sorted (room, number of the pack)
         for index, document, size in self._units(order):
             fits = bisect.bisect_left(opened, (size, 0))
             if fits < len(opened):
@@ -39,10 +44,10 @@ class Packed(torch.utils.data.Dataset):
                 self.packs.append([])
             self.packs[pack].append((index, document))
             bisect.insort(opened, (room - size, pack))
-            if len(opened) > self.limit:
+            if len(opened) > OPEN_PACKS:
                 del opened[0]  # the fullest
 
-    def _units(self, order):
+    def _units(self, order: list[int]) -> Iterator[tuple[int, int | None, int]]:
         for index in order:
             size = self.dataset.sizes[self.dataset.kept[index]]
             if size <= self.tokens:
@@ -51,43 +56,52 @@ class Packed(torch.utils.data.Dataset):
                 for number, document in enumerate(self.dataset[index]):
                     yield index, number, len(document["input_ids"])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, index):
-        documents = []
+    def __getitem__(self, index: int) -> list[Document]:
+        documents: list[Document] = []
         for item, number in self.packs[index]:
             whole = self.dataset[item]
             documents += whole if number is None else [whole[number]]
         rest = self.tokens - sum(len(document["input_ids"]) for document in documents)
-        if self.static and rest:
-            documents.append({"input_ids": [0] * rest, "labels": [IGNORE_INDEX] * rest, "filler": True})
-        return documents
+        return [*documents, padding_document(rest)] if self.pad_to_full and rest else documents
 
 
-class Order(torch.utils.data.Sampler):
-    """The rows of an epoch in the order (int64 [rows]) that `order()` gives as it starts, then those to fill it up."""
+def padding_document(tokens: int) -> Document:
+    """Return a document of `tokens` tokens without labels."""
+    return {"input_ids": [0] * tokens, "labels": [IGNORE_INDEX] * tokens, "turns": [], "padding": True}
 
-    def __init__(self, order, rows, filled):
-        self.order, self.rows, self.filled = order, rows, filled
 
-    def __len__(self):
-        return self.filled
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """The rows of an epoch, followed by those that fill it up to whole batches (see `PaddedToBatch`).
 
-    def __iter__(self):
-        for part in self.order().split(10_000):  # a list of a million numbers takes 36 MB
+    Args:
+        order: function that returns the order of the next epoch, int64 [rows], when the epoch starts.
+        rows: number of rows of the dataset.
+        padded_rows: the same with those that fill up the last batch.
+    """
+
+    def __init__(self, order: Callable[[], torch.Tensor], rows: int, padded_rows: int):
+        self.order, self.rows, self.padded_rows = order, rows, padded_rows
+
+    def __len__(self) -> int:
+        return self.padded_rows
+
+    def __iter__(self) -> Iterator[int]:
+        for part in self.order().split(CHUNK):
             yield from part.tolist()
-        yield from range(self.rows, self.filled)
+        yield from range(self.rows, self.padded_rows)
 
 
-class Filled(torch.utils.data.Dataset):
+class PaddedToBatch(torch.utils.data.Dataset):
     """A dataset followed by empty conversations up to a multiple of `batch`."""
 
-    def __init__(self, dataset, batch):
+    def __init__(self, dataset: Any, batch: int):
         self.dataset, self.length = dataset, math.ceil(len(dataset) / batch) * batch
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> list[Document]:
         return self.dataset[index] if index < len(self.dataset) else []

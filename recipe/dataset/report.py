@@ -1,34 +1,47 @@
-"""Look at what would be trained: in colour, or as JSON Lines of ids and labels."""
+"""Show what would be trained: figures, text in colour, or JSON Lines of ids and labels."""
 
 import json
 import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 import numpy as np
 
 from recipe import console
 from recipe.console import UserError, say
-from recipe.dataset.encoding import IGNORE_INDEX
+from recipe.dataset.encoding import IGNORE_INDEX, Document
+from recipe.dataset.tokenised import Dropped
 
-COLOUR, END = "\033[30;42m", "\033[0m"
-
-
-def look(data_args, tokenizer, datasets):
-    """--dump_tokens, --preview and --validate_only: what would be trained, without a model."""
-    if console.rank():
-        return
-    if data_args.dump_tokens:
-        dump(datasets["training"], data_args.dump_tokens)
-        say(f"{data_args.dump_tokens}: {len(datasets['training']):,} conversations in tokens")
-    if data_args.preview:
-        show(datasets["training"], tokenizer, data_args.preview)
-    if data_args.validate_only:
-        for name, dataset in datasets.items():
-            say(f"{name} rows: {rows(dataset)}")
-        say("verdict: the data can be trained; every label was read back and compared with its turn.")
+COLOUR, END = "\033[30;42m", "\033[0m"  # black on green, and back
+SHOWN_PLACES = 5  # of dropped rows, enough to find the first by hand
+MANY_DROPPED = 0.01  # share of rows too long from which the length that would keep 99 % is named
 
 
-def show(dataset, tokenizer, count, stream=None):
-    """Print conversations with their supervised tokens on green, or between ⟦ ⟧ where the output is no terminal."""
+def inspect(data_args: Any, tokenizer: Any, datasets: dict[str, Any]) -> bool:
+    """Do what --dump_tokens, --preview and --validate_only ask for; returns whether one of them was given.
+
+    Args:
+        data_args: finetune.DataArguments.
+        tokenizer: to decode the tokens of the preview.
+        datasets: "training" and those to evaluate on, each a `SupervisedDataset`.
+    """
+    if not (data_args.dump_tokens or data_args.preview or data_args.validate_only):
+        return False
+    if console.rank() == 0:
+        if data_args.dump_tokens:
+            dump(datasets["training"], data_args.dump_tokens)
+            say(f"{data_args.dump_tokens}: {len(datasets['training']):,} conversations in tokens")
+        if data_args.preview:
+            show(datasets["training"], tokenizer, data_args.preview)
+        if data_args.validate_only:
+            for name, dataset in datasets.items():
+                say(f"{name} rows: {rows(dataset)}")
+            say("verdict: the data can be trained; every label was read back and compared with its turn.")
+    return True
+
+
+def show(dataset: Any, tokenizer: Any, count: int, stream: TextIO | None = None) -> None:
+    """Print conversations with their supervised tokens on green, or between ⟦ ⟧ if the output is no terminal."""
     stream = stream or sys.stdout
     before, after = (COLOUR, END) if stream.isatty() else ("⟦", "⟧")
     for index in range(min(count, len(dataset))):
@@ -41,7 +54,7 @@ def show(dataset, tokenizer, count, stream=None):
             print("".join(_marked(document, tokenizer, before, after)), file=stream)
 
 
-def _marked(document, tokenizer, before, after):
+def _marked(document: Document, tokenizer: Any, before: str, after: str) -> Iterator[str]:
     ids, labels, start = document["input_ids"], document["labels"], 0
     for position in range(1, len(ids) + 1):
         if position == len(ids) or (labels[position] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
@@ -50,8 +63,12 @@ def _marked(document, tokenizer, before, after):
             start = position
 
 
-def dump(dataset, path):
-    """Write one JSON object for each document: `input_ids`, `labels`, `source` (file and record) and `turns`."""
+def dump(dataset: Any, path: str) -> None:
+    """Write one JSON object for each document: `input_ids`, `labels`, `source` (file and record) and `turns`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         file = open(path, "w", encoding="utf-8")
     except OSError as error:
@@ -63,23 +80,26 @@ def dump(dataset, path):
                 file.write(json.dumps({**document, "source": source}) + "\n")
 
 
-def rows(dataset):
-    """How many conversations were read, kept, dropped and why, and what they hold."""
+def rows(dataset: Any) -> str:
+    """Describe a dataset: how many conversations were read, kept, dropped and why, and what they hold."""
     total, max_length = len(dataset.conversations), dataset.max_length
     shapes = ", ".join(f"{name} ({shape})" for name, shape in dataset.conversations.shapes().items())
     lines = [f"{total:,} read from {shapes}"]
     if dataset.examined < total:
-        lines.append(f"figures of the first {dataset.examined:,}, the others are looked at when their turn comes")
+        lines.append(f"figures of the first {dataset.examined:,}; the others are checked when they are needed")
     lines.append(f"{len(dataset.kept):,} kept")
     for reason, numbers in dataset.dropped.items():
-        places = ", ".join(dataset.conversations.where(number) for number in numbers[:5])
-        lines.append(f"{len(numbers):,} dropped, {reason}: {places}{', ...' * (len(numbers) > 5)}")
+        places = ", ".join(dataset.conversations.where(number) for number in numbers[:SHOWN_PLACES])
+        more = ", ..." if len(numbers) > SHOWN_PLACES else ""
+        lines.append(f"{len(numbers):,} dropped, {reason.words(max_length)}: {places}{more}")
     lines += [f"{count:,} {note}" for note, count in dataset.notes.items()]
     share = dataset.supervised / max(dataset.tokens, 1)
     lines.append(f"{dataset.tokens:,} tokens, {dataset.supervised:,} of them supervised ({share:.0%})")
     half, most, nearly, longest = (int(x) for x in np.percentile(dataset.lengths, [50, 90, 99, 100]))
-    text = f"lengths: half up to {half}, 90 % up to {most}, 99 % up to {nearly}, the longest {longest} tokens"
-    lines.append(text + f", --model_max_length {max_length}")
-    if len(dataset.dropped.get(f"longer than {max_length} tokens", [])) > 0.01 * dataset.examined:
+    lines.append(
+        f"lengths: half up to {half}, 90 % up to {most}, 99 % up to {nearly}, the longest {longest} tokens, "
+        f"--model_max_length {max_length}"
+    )
+    if len(dataset.dropped.get(Dropped.TOO_LONG, [])) > MANY_DROPPED * dataset.examined:
         lines.append(f"--model_max_length {nearly} would keep 99 %")
     return "\n  ".join(lines)

@@ -1,25 +1,156 @@
-"""Tokenised conversations on disk: written once, memory-mapped from then on.
+"""Conversations -> rows of tokens that fit the model, kept on disk for the next run, and figures about them.
 
-The rows lie in the cache folder of `datasets` (HF_DATASETS_CACHE), under a hash of everything that they were made from.
-Several processes that ask for the same rows write them once; the others wait for the file and not for each other.
+The rows lie in the cache folder of `datasets` (HF_DATASETS_CACHE), under a hash of all that shapes them. Rows can only
+be made from the fields of a `Tokeniser`, all of which are in the hash, by the code of this package and the libraries
+below, which are in it too. So a new setting cannot be forgotten. Several processes that need the same rows write them
+once; the others wait for the file.
 """
 
+import ast
+import collections
+import dataclasses
+import functools
+import importlib.metadata
+import pathlib
+from array import array
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from typing import Any, Literal, TypedDict
+
+from jinja2 import TemplateError
+
+from recipe import console
 from recipe.console import UserError
-from recipe.dataset.encoding import supervised_runs
+from recipe.dataset.conversations import Conversations
+from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Document, Encoded, Note, supervised_runs
 
-FIGURES = ("dropped", "notes", "length", "tokens", "supervised")  # of a row, besides its documents
+BATCH = 1000  # conversations that one call of the tokenizer encodes on all cores; more only takes memory
+SCAN = 10_000  # conversations that a lazy dataset tokenises at its start: figures within some percent, in seconds
+LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "pandas")  # that read, render and tokenise
 
 
-def rows(generate, made_from):
-    """The rows that `generate` yields, or those of an earlier run with an equal `made_from`.
+class Dropped(StrEnum):
+    """Why a row is not used; the value follows a number of rows."""
+
+    TOO_LONG = "longer than {max_length} tokens"
+    NOTHING_TO_LEARN = "without a turn to learn"
+
+    def words(self, max_length: int) -> str:
+        """Return the reason with its numbers filled in."""
+        return self.value.format(max_length=max_length)
+
+
+class Row(TypedDict):
+    """One conversation in tokens, as it is cached.
+
+    documents: those in use, each at most max_length tokens; none if the row is dropped.
+    dropped: name of a member of Dropped, or "".
+    notes: names of members of Note.
+    length: tokens of the longest document before anything was cut.
+    tokens, supervised: tokens of all documents in use, and those with a label.
+    """
+
+    documents: list[Document]
+    dropped: str
+    notes: list[str]
+    length: int
+    tokens: int
+    supervised: int
+
+
+FIGURES = [name for name in Row.__annotations__ if name != "documents"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokeniser:
+    """Makes rows of conversations. All that shapes a row is a field, and therefore part of `fingerprint`.
 
     Args:
-        generate: function without arguments that yields dicts with `documents` and FIGURES.
-        made_from: list of texts and numbers.
+        conversations: where they are read from.
+        encoder: how they become ids and labels.
+        max_length: longest document, in tokens.
+        overlong: what happens to a conversation with a longer one.
+    """
+
+    conversations: Conversations
+    encoder: ChatEncoder
+    max_length: int
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+
+    def fingerprint(self) -> list[str]:
+        """Return texts that change when some conversation could become another row."""
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        settings = [value.fingerprint() if hasattr(value, "fingerprint") else repr(value) for value in fields]
+        return [*settings, *map(_version, LIBRARIES), code()]
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Tokenise the conversations with these numbers.
+
+        Raises:
+            UserError: one of them cannot be read or rendered, or is too long and `overlong` is "error".
+        """
+        return [self._fitted(number, row) for number, row in zip(numbers, self._encoded(numbers), strict=True)]
+
+    def _encoded(self, numbers: Sequence[int]) -> list[Encoded]:
+        batch = [self.conversations[number] for number in numbers]
+        try:
+            return self.encoder.encode_batch(batch)
+        except (TemplateError, ValueError) as error:
+            if len(batch) == 1:
+                raise UserError(f"{self.conversations.where(numbers[0])}: {str(error).rstrip('.')}.") from None
+            return [self._encoded([number])[0] for number in numbers]  # finds which one it was
+
+    def _fitted(self, number: int, encoded: Encoded) -> Row:
+        documents, notes, dropped = encoded.documents, list(encoded.notes), ""
+        length = max((len(document["input_ids"]) for document in documents), default=0)
+        if not documents:
+            dropped = Dropped.NOTHING_TO_LEARN.name
+        elif length > self.max_length:
+            if self.overlong == "error":
+                raise UserError(
+                    f"{self.conversations.where(number)}: {length} tokens, expected at most {self.max_length}; raise "
+                    "--model_max_length or set --overlong drop."
+                )
+            documents = truncated(documents, self.max_length) if self.overlong == "truncate" else []
+            if documents:
+                notes.append(Note.CUT)
+            else:
+                dropped = Dropped.TOO_LONG.name
+        return {
+            "documents": documents,
+            "dropped": dropped,
+            "notes": [note.name for note in notes],
+            "length": length,
+            "tokens": sum(len(document["input_ids"]) for document in documents),
+            "supervised": sum(label != IGNORE_INDEX for document in documents for label in document["labels"]),
+        }
+
+
+def truncated(documents: Sequence[Document], max_length: int) -> list[Document]:
+    """Cut documents after their last supervised turn, stop token included, that ends within `max_length` tokens.
+
+    A document without such a turn is left out.
+    """
+    result: list[Document] = []
+    for document in documents:
+        ends = [end for _, end in supervised_runs(document["labels"]) if end <= max_length]
+        if ends:
+            ids, labels, turns = document["input_ids"], document["labels"], document["turns"]
+            result.append({"input_ids": ids[: ends[-1]], "labels": labels[: ends[-1]], "turns": turns[: len(ends)]})
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows on disk
+
+
+def cached_rows(tokeniser: Tokeniser) -> Any:
+    """Tokenise all conversations, or open the rows of an earlier run that had the same fingerprint.
+
     Returns:
-        a memory-mapped `datasets.Dataset`.
+        a memory-mapped `datasets.Dataset` of Row.
     Raises:
-        UserError: from `generate`.
+        UserError: from `Tokeniser.rows`.
     """
     import datasets
     from datasets import Features, List, Value
@@ -33,11 +164,11 @@ def rows(generate, made_from):
         tokens=Value("int64"),
         supervised=Value("int64"),
     )
-    fingerprint = datasets.fingerprint.Hasher.hash(made_from)
+    key = datasets.fingerprint.Hasher.hash(tokeniser.fingerprint())
     shown = not datasets.utils.are_progress_bars_disabled()
-    datasets.utils.disable_progress_bars()  # `generate` has one that counts conversations
+    datasets.utils.disable_progress_bars()  # `_generate` has one that counts conversations
     try:
-        return datasets.Dataset.from_generator(generate, features, fingerprint=fingerprint)
+        return datasets.Dataset.from_generator(lambda: _generate(tokeniser), features, fingerprint=key)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     finally:
@@ -45,20 +176,92 @@ def rows(generate, made_from):
             datasets.utils.enable_progress_bars()
 
 
-def figures(dataset):
-    """FIGURES of every row, without reading the documents."""
-    return zip(*(dataset.data.column(name).to_pylist() for name in FIGURES), strict=True)
+def _generate(tokeniser: Tokeniser) -> Iterator[Row]:
+    from tqdm import tqdm
+
+    total = len(tokeniser.conversations)
+    hidden = total < BATCH or console.rank() > 0
+    with tqdm(total=total, desc="tokenising", unit=" rows", disable=hidden) as bar:
+        for start in range(0, total, BATCH):
+            rows = tokeniser.rows(range(start, min(start + BATCH, total)))
+            yield from rows
+            bar.update(len(rows))
 
 
-def truncated(documents, max_length):
-    """Documents cut after their last supervised turn, stop token included, that ends within `max_length` tokens.
+def _version(library: str) -> str:
+    try:
+        return f"{library} {importlib.metadata.version(library)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{library} none"
 
-    A document with no such turn is left out.
+
+@functools.cache
+def code() -> str:
+    """Return the code of every module of this package, so that none that shapes rows can be left out.
+
+    Comments, docstrings and layout are not in it: they change no row.
     """
-    result = []
-    for document in documents:
-        ends = [end for _, end in supervised_runs(document["labels"]) if end <= max_length]
-        if ends:
-            cut = {name: document[name][: ends[-1]] for name in ("input_ids", "labels")}
-            result.append({**cut, "turns": document["turns"][: len(ends)]})
-    return result
+    folder = pathlib.Path(__file__).parent
+    return "\n".join(f"{path.name}\n{_bare(path.read_text(encoding='utf-8'))}" for path in sorted(folder.glob("*.py")))
+
+
+def _bare(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+class Figures:
+    """What a dataset's rows are, without their documents; arrays, as a million rows take 20 MB so, and 100 in lists.
+
+    Attributes:
+        kept: int64 array, numbers of the conversations in use.
+        dropped: numbers of the others, by the reason.
+        lengths: int32 array, tokens of the longest document of every conversation, before anything was cut.
+        sizes: int64 array, tokens of all documents in use of every conversation.
+        notes: how many conversations have each note.
+        tokens, supervised: sums over the conversations in use.
+    """
+
+    def __init__(self) -> None:
+        self.kept, self.lengths, self.sizes = array("q"), array("i"), array("q")
+        self.dropped: dict[Dropped, list[int]] = {}
+        self.notes: collections.Counter[Note] = collections.Counter()
+        self.tokens = self.supervised = 0
+
+    def add(self, dropped: str, notes: Sequence[str], length: int, tokens: int, supervised: int) -> None:
+        """Count the next conversation; the arguments are FIGURES of its row."""
+        number = len(self.lengths)
+        self.lengths.append(length)
+        self.sizes.append(tokens)
+        self.notes.update(Note[name] for name in notes)
+        if dropped:
+            self.dropped.setdefault(Dropped[dropped], []).append(number)
+        else:
+            self.kept.append(number)
+            self.tokens += tokens
+            self.supervised += supervised
+
+
+def figures_of_table(rows: Any) -> Figures:
+    """Count the rows of a `datasets.Dataset`, without reading their documents."""
+    figures = Figures()
+    columns = [rows.data.column(name).to_pylist() for name in FIGURES]
+    for row in zip(*columns, strict=True):
+        figures.add(*row)
+    return figures
+
+
+def figures_of(tokeniser: Tokeniser, count: int) -> Figures:
+    """Tokenise the first `count` conversations and count them."""
+    figures = Figures()
+    for start in range(0, count, BATCH):
+        for row in tokeniser.rows(range(start, min(start + BATCH, count))):
+            figures.add(row["dropped"], row["notes"], row["length"], row["tokens"], row["supervised"])
+    return figures

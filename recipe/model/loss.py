@@ -115,7 +115,7 @@ def supervised_loss(model, batch, label_smoothing=0.0, head=None):
     Returns:
         (sum over supervised tokens: float32 scalar with a gradient, their number: int64 scalar).
     """
-    batch = {name: value for name, value in batch.items() if name not in ("labels", "filler")}
+    batch = {name: value for name, value in batch.items() if name not in ("labels", "padding_tokens")}
     targets = batch.pop("shift_labels")[:, batch["logits_to_keep"]].flatten()
     # A cache would make transformers treat the row as one document.
     if head is not None:

@@ -8,6 +8,7 @@ and stops at its stop token. Prints and, with --output, writes the answers and t
 messages) -> float`.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -33,7 +34,7 @@ class Question(NamedTuple):
 
 def questions(conversations, encoder, max_length=None):
     """One Question for the last assistant turn of each conversation; those without one, or too long, are left out."""
-    last_turn = ChatEncoder(encoder.tokenizer, "last_turn", encoder.thinking)
+    last_turn = dataclasses.replace(encoder, train_on="last_turn")
     result = []
     for conversation, encoded in zip(conversations, last_turn.encode_batch(conversations), strict=True):
         for document in encoded.documents:

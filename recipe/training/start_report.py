@@ -89,7 +89,7 @@ def _steps(trainer):
     args, dataset = trainer.args, trainer.train_dataset
     total, epoch, warmup = steps(trainer)
     text, kind = "", "rows"
-    if isinstance(dataset, packing.Packed):
+    if isinstance(dataset, packing.PackedDataset):
         kind, share = "packed rows", dataset.dataset.tokens / (len(dataset) * dataset.tokens)
         text = f"rows of up to {dataset.tokens:,} tokens, {share:.1%} full; about {len(dataset.dataset) / epoch:.1f} "
         text += "conversations an optimizer step; "
@@ -107,7 +107,7 @@ def _steps(trainer):
 def _longest(trainer):
     """Tokens of the largest micro-batch that may come."""
     args, dataset = trainer.args, trainer.train_dataset
-    if isinstance(dataset, packing.Packed):
+    if isinstance(dataset, packing.PackedDataset):
         return dataset.tokens * args.train_batch_size
     lengths = np.minimum(np.sort(dataset.lengths)[-args.train_batch_size :], args.model_max_length)
     return int(lengths.sum())

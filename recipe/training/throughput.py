@@ -29,7 +29,7 @@ class Throughput(transformers.TrainerCallback):
         """Count a micro-batch of `batches.Collator`; nothing waits for the device."""
         positions = batch["input_ids"].numel()
         mask = batch.get("attention_mask")
-        counts = positions, positions - batch.get("filler", 0) if mask is None else mask.sum(), supervised
+        counts = positions, positions - batch.get("padding_tokens", 0) if mask is None else mask.sum(), supervised
         self.counts = tuple(a + b for a, b in zip(self.counts, counts, strict=True))
 
     def on_train_begin(self, args, state, control, **kwargs):

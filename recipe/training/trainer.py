@@ -65,7 +65,7 @@ class RecipeTrainer(transformers.Trainer):
         """Fills the last batch of an epoch with empty conversations, where the default would train some rows twice."""
         dataset = self.train_dataset
         if not self.args.dataloader_drop_last:
-            self.train_dataset = packing.Filled(dataset, self.args.train_batch_size * self.args.world_size)
+            self.train_dataset = packing.PaddedToBatch(dataset, self.args.train_batch_size * self.args.world_size)
         try:
             return super().get_train_dataloader()
         finally:
@@ -85,7 +85,7 @@ class RecipeTrainer(transformers.Trainer):
             rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
             return torch.tensor(list(LengthGroupedSampler(rows, lengths=lengths, generator=generator)))
 
-        return packing.Order(order, len(dataset), len(train_dataset))
+        return packing.EpochSampler(order, len(dataset), len(train_dataset))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
@@ -96,7 +96,9 @@ class RecipeTrainer(transformers.Trainer):
         """Fills the last batches with empty conversations, where the default would count some rows twice."""
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         getattr(self, "_eval_dataloaders", {}).clear()  # kept for persistent workers, under one name for all files
-        return super().get_eval_dataloader(packing.Filled(dataset, self.args.eval_batch_size * self.args.world_size))
+        return super().get_eval_dataloader(
+            packing.PaddedToBatch(dataset, self.args.eval_batch_size * self.args.world_size)
+        )
 
     def evaluation_loop(self, dataloader, description, metric_key_prefix="eval", **kwargs):
         self._file_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)

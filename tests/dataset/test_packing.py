@@ -10,13 +10,13 @@ import finetune
 from helpers import ROOT, UNEVEN_ROWS, argv, history, reference, relative, step, write
 from recipe.console import UserError
 from recipe.dataset.collator import Collator
-from recipe.dataset.packing import Packed
+from recipe.dataset.packing import PackedDataset
 from recipe.model import attention
 from recipe.training import start_report
 
 
 class Rows(torch.utils.data.Dataset):
-    """What Packed reads of a SupervisedDataset; a conversation is a list of documents of given lengths."""
+    """What PackedDataset reads of a SupervisedDataset; a conversation is a list of documents of given lengths."""
 
     def __init__(self, conversations):
         self.conversations = conversations
@@ -39,7 +39,7 @@ def random_rows(count, seed=0):
 @pytest.mark.parametrize("tokens, share", [(1024, 0.94), (8192, 0.99)])
 def test_every_conversation_is_in_one_row_and_rows_are_nearly_full(tokens, share):
     rows = random_rows(5000)
-    packed = Packed(rows, tokens, seed=0)
+    packed = PackedDataset(rows, tokens, seed=0)
     found = [document["input_ids"] for pack in packed for document in pack]
     assert sorted(ids[0] for ids in found) == rows.kept
     assert all(len(ids) == rows.sizes[ids[0]] for ids in found)
@@ -48,7 +48,7 @@ def test_every_conversation_is_in_one_row_and_rows_are_nearly_full(tokens, share
 
 
 def test_a_conversation_of_documents_that_are_too_long_together_is_shared_out_by_document():
-    packed = Packed(Rows([[6, 6, 3], [5], [2]]), 8)
+    packed = PackedDataset(Rows([[6, 6, 3], [5], [2]]), 8)
     found = [[(d["input_ids"][0], d["labels"][0], len(d["labels"])) for d in pack] for pack in packed]
     assert sorted(sum(found, [])) == [(0, 0, 6), (0, 1, 6), (0, 2, 3), (1, 0, 5), (2, 0, 2)]
     assert max(sum(n for _, _, n in pack) for pack in found) <= 8
@@ -56,9 +56,9 @@ def test_a_conversation_of_documents_that_are_too_long_together_is_shared_out_by
 
 def test_rows_differ_with_the_seed_and_keep_the_order_of_the_file_without_one():
     rows = random_rows(200)
-    contents = [Packed(rows, 2048, seed).packs for seed in (0, 0, 1)]
+    contents = [PackedDataset(rows, 2048, seed).packs for seed in (0, 0, 1)]
     assert contents[0] == contents[1] != contents[2]
-    first = [min(index for index, _ in pack) for pack in Packed(rows, 2048).packs]
+    first = [min(index for index, _ in pack) for pack in PackedDataset(rows, 2048).packs]
     assert first == sorted(first)
 
 
@@ -127,9 +127,9 @@ def test_a_packed_row_alone_is_a_micro_batch_and_bounds_conversations_unless_tol
     assert training_args.per_device_train_batch_size == 2 and training_args.model_max_length == 64
 
 
-def test_a_model_that_falls_back_to_padded_rows_needs_no_filler():
-    (pack,) = Packed(Rows([[5], [9]]), 20, static=True)
-    assert Collator()([pack])["input_ids"].shape == (1, 20) and Collator()([pack])["filler"] == 6
+def test_a_model_that_falls_back_to_padded_rows_needs_no_padding_document():
+    (pack,) = PackedDataset(Rows([[5], [9]]), 20, pad_to_full=True)
+    assert Collator()([pack])["input_ids"].shape == (1, 20) and Collator()([pack])["padding_tokens"] == 6
     padded = Collator(padding_free=False)([pack])
     assert padded["attention_mask"].sum(1).tolist() == [5, 9]
 

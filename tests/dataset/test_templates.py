@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from demo import demo_model
 from helpers import TEMPLATES, template
 from recipe.dataset.conversations import to_conversation
-from recipe.dataset.encoding import IGNORE_INDEX, NO_THOUGHT, SPLIT, ChatEncoder
+from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Note
 
 # How each template opens and ends an assistant turn.
 CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
@@ -100,7 +100,7 @@ def supervised_turns(tokenizer, name, conversation):
 def runs(document):
     """(turn from 0, start, end) of every supervised run, the labels checked against the ids."""
     ids, labels, found, position = document["input_ids"], document["labels"], [], 0
-    assert len(ids) == len(labels) and all(label in (IGNORE_INDEX, own) for own, label in zip(ids, labels))
+    assert len(ids) == len(labels) and all(label in (IGNORE_INDEX, own) for own, label in zip(ids, labels, strict=True))
     for ignored, run in itertools.groupby(labels, lambda label: label == IGNORE_INDEX):
         length = len(list(run))
         if not ignored:
@@ -172,7 +172,7 @@ def check(tokenizer, name, conversation):
             before, answer = document["input_ids"][:start], document["input_ids"][start:end]
             assert answer.count(stop) == 1 and answer[-1] == stop
             expected = answer_of(tokenizer, name, harmless, i)
-            assert thought_of(harmless["messages"][i]) in expected or NO_THOUGHT in notes
+            assert thought_of(harmless["messages"][i]) in expected or Note.NO_THOUGHT in notes
             assert read(tokenizer, answer) == normal(tokenizer, back(expected))
             said_before = [(c["messages"][:i], c.get("tools")) for c in (harmless, conversation)]
             if said_before[0] == said_before[1]:
@@ -385,15 +385,15 @@ THREE_TOLD_IN_TEXT = [
     + Q3 + A + "⟦" + T3 + "A3" + E + "⟧"
 ]  # fmt: skip
 IN_TEXT = [PLAIN_ONE, ONE_PLAIN], [PLAIN_THREE, THREE_PLAIN]
-LEFT_OUT = [TOLD_ONE, ONE_PLAIN, NO_THOUGHT], [TOLD_THREE, THREE_PLAIN, NO_THOUGHT]
+LEFT_OUT = [TOLD_ONE, ONE_PLAIN, Note.NO_THOUGHT], [TOLD_THREE, THREE_PLAIN, Note.NO_THOUGHT]
 REMOVED = [TOLD_ONE, ONE_PLAIN], [TOLD_THREE, THREE_PLAIN]
 WRITTEN = [TOLD_ONE, ONE_TOLD], [TOLD_THREE, THREE_TOLD_IN_TEXT]
 NOT_THINKING = (
-    [PLAIN_ONE, ONE_PLAIN_AFTER_NONE], [PLAIN_THREE, THREE_PLAIN_AFTER_NONE, SPLIT],
-    [TOLD_ONE, ONE_PLAIN_AFTER_NONE], [TOLD_THREE, THREE_PLAIN_AFTER_NONE, SPLIT],
+    [PLAIN_ONE, ONE_PLAIN_AFTER_NONE], [PLAIN_THREE, THREE_PLAIN_AFTER_NONE, Note.SPLIT],
+    [TOLD_ONE, ONE_PLAIN_AFTER_NONE], [TOLD_THREE, THREE_PLAIN_AFTER_NONE, Note.SPLIT],
 )  # fmt: skip
-OPENED = [TOLD_ONE, ONE_TOLD_AFTER_OPENING], [TOLD_THREE, THREE_TOLD_AFTER_OPENING, SPLIT]
-THOUGHT = [TOLD_ONE, ONE_TOLD], [TOLD_THREE, THREE_TOLD, SPLIT]
+OPENED = [TOLD_ONE, ONE_TOLD_AFTER_OPENING], [TOLD_THREE, THREE_TOLD_AFTER_OPENING, Note.SPLIT]
+THOUGHT = [TOLD_ONE, ONE_TOLD], [TOLD_THREE, THREE_TOLD, Note.SPLIT]
 GOLDEN = {  # what goes in, the documents that come out, and what is noted
     ("qwen2_5", "auto"): [*IN_TEXT, *LEFT_OUT],
     ("qwen2_5", "keep"): [*IN_TEXT, *WRITTEN],
@@ -527,8 +527,8 @@ def test_what_is_learnt_is_what_the_training_template_marks_but_for_newlines_of_
     (ids, mask), labels = twin_of(tokenizer, name, conversation), document["labels"]
     assert ids[: len(labels)] == document["input_ids"]
     labels = labels + [IGNORE_INDEX] * (len(ids) - len(labels))
-    assert all(marked for marked, label in zip(mask, labels) if label != IGNORE_INDEX)
-    beyond = [own for own, marked, label in zip(ids, mask, labels) if marked and label == IGNORE_INDEX]
+    assert all(marked for marked, label in zip(mask, labels, strict=True) if label != IGNORE_INDEX)
+    beyond = [own for own, marked, label in zip(ids, mask, labels, strict=True) if marked and label == IGNORE_INDEX]
     allowed = {"\n", "<|endoftext|>"} if name == "phi3" else {"\n"}  # Phi-3 adds it after the last turn
     assert {tokenizer.decode(own) for own in beyond} <= allowed
     assert len(beyond) <= 2 * len(document["turns"])
@@ -583,7 +583,7 @@ def test_a_template_that_ends_earlier_turns_otherwise_gets_a_document_for_each_t
     tokenizer.add_tokens([f"<|{name}|>" for name in names], special_tokens=True)
     encoder = ChatEncoder(tokenizer)
     encoded = encoder.encode({"messages": [*PLAIN_THREE[1:], user("Thanks")]})
-    assert encoder.stop_token == "<|return|>" and encoded.notes == [SPLIT]
+    assert encoder.stop_token == "<|return|>" and encoded.notes == [Note.SPLIT]
     past = "<|start|>assistant<|channel|>final<|message|>A1<|end|><|start|>user<|message|>Q2<|end|><|start|>assistant"
     assert marked(tokenizer, encoded.documents[1]).endswith(past + "⟦<|channel|>final<|message|>A2<|return|>⟧")
     for i, document in zip((1, 3, 5), encoded.documents, strict=True):
@@ -600,7 +600,7 @@ def test_only_the_turn_that_would_merge_with_its_prompt_gets_a_document_of_its_o
         past.format("⟦", "⟧") + "\nA2" + E + "\n" + Q3 + A + "⟦A3" + E + "⟧",
         past.format("", "") + "⟦\nA2" + E + "⟧",
     ]
-    assert encoded.notes == [SPLIT]
+    assert encoded.notes == [Note.SPLIT]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

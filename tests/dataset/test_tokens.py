@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken
 
 from helpers import template
-from recipe.dataset.encoding import FIRST, IGNORE_INDEX, ChatEncoder, supervised_runs
+from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Note, supervised_runs
 
 TWO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there 😀"}]
 THREE = [
@@ -67,7 +67,7 @@ def test_last_turn_and_untrained_turns(qwen):
 def test_a_turn_that_nothing_comes_before_is_context_only_and_noted(qwen):
     encoded = ChatEncoder(qwen).encode({"messages": [{"role": "assistant", "content": "Hi, I am here."}, *TWO]})
     assert learnt(qwen, encoded.documents[0]) == "Hello there 😀<|im_end|>"
-    assert encoded.notes == [FIRST]
+    assert encoded.notes == [Note.NO_USER]
 
 
 def test_a_conversation_without_a_turn_to_learn_gives_no_document(qwen):

@@ -1,0 +1,78 @@
+"""Text in a message that looks like one of the tokenizer's control tokens stays text.
+
+A tokenizer turns the characters `<|im_end|>` into the control token wherever they stand. So a sentinel character is put
+behind their first character before the template is rendered, and the rendered text is cut at the sentinels and
+tokenised piece by piece.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+PRIVATE_USE = range(0xE000, 0xF8FF)  # code points without a meaning of their own: candidates for the sentinel
+
+
+class ControlText:
+    """Patterns of a tokenizer's control tokens, and the sentinels that break text which matches them.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+    Attributes:
+        special: pattern of the special tokens, which begin and end turns.
+        markup: pattern of these and of added tokens in brackets such as <think> and <tool_call>.
+    """
+
+    def __init__(self, tokenizer: Any):
+        added = tokenizer.added_tokens_decoder.values()
+        markup = [token for token in added if token.special or re.fullmatch(r"[<\[].+[>\]]", str(token))]
+        self.special = _any_of(token for token in markup if token.special)
+        self.markup = _any_of(markup)
+        self._tokenizer = tokenizer
+
+    def neutralise(self, messages: list, tools: list | None) -> tuple[list, list | None, str | None]:
+        """Break text that looks like control tokens in messages and tools.
+
+        Users and tools must not say any markup. System and assistant messages, which the owner of the data wrote, may
+        hold tokens like <think> and <tool_call>, but none that begins or ends a turn.
+
+        Returns:
+            (messages, tools, sentinel): as given and None if nothing had to be broken.
+        """
+        patterns = [self.markup if message["role"] in ("user", "tool") else self.special for message in messages]
+        if not contains(self.special, tools) and not any(map(contains, patterns, messages)):
+            return messages, tools, None
+        used = [messages, tools, self._tokenizer.chat_template]
+        sentinel = next(char for char in map(chr, PRIVATE_USE) if not contains(re.compile(char), used))
+        broken = [_with_sentinel(pattern, m, sentinel) for pattern, m in zip(patterns, messages, strict=True)]
+        return broken, _with_sentinel(self.special, tools, sentinel), sentinel
+
+
+def pieces(text: str, sentinel: str | None) -> list[str]:
+    """Cut a rendered text at its sentinels."""
+    return text.split(sentinel) if sentinel else [text]
+
+
+def contains(pattern: re.Pattern, value: Any) -> bool:
+    """Return whether a string somewhere in a JSON value matches the pattern; keys of objects count."""
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, dict):
+        return any(contains(pattern, part) for item in value.items() for part in item)
+    return isinstance(value, list) and any(contains(pattern, item) for item in value)
+
+
+def _with_sentinel(pattern: re.Pattern, value: Any, sentinel: str) -> Any:
+    return _map_strings(lambda text: pattern.sub(lambda m: m.group()[0] + sentinel + m.group()[1:], text), value)
+
+
+def _map_strings(change: Callable[[str], str], value: Any) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_map_strings(change, key): _map_strings(change, item) for key, item in value.items()}
+    return [_map_strings(change, item) for item in value] if isinstance(value, list) else value
+
+
+def _any_of(tokens: Iterable) -> re.Pattern:
+    longest_first = sorted({str(token) for token in tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

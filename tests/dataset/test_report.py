@@ -1,0 +1,50 @@
+"""--preview, --dump_tokens and --validate_only show what would be trained, without weights."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import finetune
+from helpers import ROOT, ROWS, argv, write
+from recipe.dataset.encoding import ChatEncoder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write(tmp_path / "rows.jsonl", ROWS)
+
+
+def test_preview_marks_what_is_trained(tiny_model, tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", [{"system": "Be brief.", "prompt": "Hi", "completion": "Hello"}])
+    finetune.train(argv(tiny_model, data, tmp_path / "out", "--preview", 1))
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    expected += "<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
+    said = capsys.readouterr().out
+    assert re.search(r"record 1 \(line 1\): \d+ tokens, \d+ supervised\n", said) and said.endswith(expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dump_tokens_writes_what_would_be_trained(tiny_model, rows, tmp_path):
+    finetune.train(
+        argv(tiny_model, rows, tmp_path / "out", "--dump_tokens", tmp_path / "dump.jsonl", "--lazy_preprocess")
+    )
+    dumped = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
+    assert len(dumped) == 8 and dumped[1]["source"] == f"{rows}: record 2 (line 2)" and dumped[1]["turns"] == [2]
+    encoder = ChatEncoder(finetune.transformers.AutoTokenizer.from_pretrained(tiny_model))
+    (document,) = encoder.encode(ROWS[1]).documents
+    assert (dumped[1]["input_ids"], dumped[1]["labels"]) == (document["input_ids"], document["labels"])
+
+
+@pytest.mark.slow
+def test_validate_only_reads_everything_without_weights_and_ends_with_a_verdict(tiny_copy, rows, tmp_path, capsys):
+    (tiny_copy / "model.safetensors").unlink()
+    finetune.train(argv(tiny_copy, rows, tmp_path / "out", "--validate_only"))
+    said = capsys.readouterr().out
+    assert "8 read from" in said and "verdict: the data can be trained" in said
+    broken = write(tmp_path / "broken.jsonl", [*ROWS, {"messages": [{"role": "user", "content": None}]}])
+    command = [sys.executable, "finetune.py", *argv(tiny_copy, broken, tmp_path / "out", "--validate_only")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "record 9 (line 9), turn 1" in done.stderr and "Traceback" not in done.stderr
