@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from helpers import ROOT, UNEVEN_ROWS, argv, history, reference, relative, step, write
 from transformers import AutoModelForCausalLM
 
 import finetune
+from helpers import ROOT, UNEVEN_ROWS, argv, history, reference, relative, step, write
 from recipe.console import UserError
 from recipe.dataset import tokenised
 from recipe.dataset.collator import Collator
