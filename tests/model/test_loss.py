@@ -131,7 +131,7 @@ def test_twenty_steps_in_bfloat16_stay_within_the_spread_of_two_seeds(tiny_model
 
 
 def test_a_poisoned_neighbour_changes_nothing(model):
-    assert checks.documents_are_isolated(model, Collator())
+    assert checks.packing_fault(model, Collator()) is None
 
 
 def test_the_self_test_sees_a_model_that_mixes_documents_and_training_falls_back_to_padding(
@@ -143,8 +143,8 @@ def test_the_self_test_sees_a_model_that_mixes_documents_and_training_falls_back
     mixing.forward = lambda position_ids=None, **rest: forward(  # one long document
         **{name: value for name, value in rest.items() if name not in ends}
     )
-    assert not checks.documents_are_isolated(mixing, Collator())
-    monkeypatch.setattr(checks, "documents_are_isolated", lambda model, collator: False)
+    assert checks.packing_fault(mixing, Collator())
+    monkeypatch.setattr(checks, "packing_fault", lambda model, collator: "this model mixes the documents of a row")
     data = write(tmp_path / "rows.jsonl", UNEVEN_ROWS)
     loss, _ = step(tmp_path, tiny_model, data, "out", "--per_device_train_batch_size", 8)
     assert "training with padded batches" in capsys.readouterr().out

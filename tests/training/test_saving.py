@@ -235,7 +235,7 @@ def test_rows_that_are_skipped_on_resume_are_not_tokenised(tiny_model, tmp_path,
             for n in range(10_040)]  # fmt: skip
     data = write(tmp_path / "rows.jsonl", rows)
     asked = []
-    monkeypatch.setattr(finetune.LazySupervisedDataset, "scan", 8)
+    monkeypatch.setattr(finetune.tokenised, "SCAN", 8)
     get = finetune.LazySupervisedDataset.__getitem__
     monkeypatch.setattr(
         finetune.LazySupervisedDataset, "__getitem__", lambda self, index: asked.append(index) or get(self, index)
