@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
-import merge
 from demo.demo_model import demo_model
 from helpers import ROOT, history, write
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder
 from recipe.model import loading
-from recipe.training import answers
+from recipe.training import answers, merge_proof
+from recipe.training.merging import merge
 
 CAPITALS = (
     "Austria Vienna Belgium Brussels Chile Santiago Denmark Copenhagen Egypt Cairo Finland Helsinki Greece Athens "
@@ -92,11 +92,11 @@ def test_generation_stops_by_itself_on_all_twenty_memorised_examples(memorised):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_merged_model_has_the_adapters_logits_in_a_plain_load(memorised, tmp_path, dtype):
     out, _ = memorised
-    difference = merge.merge(str(out), str(tmp_path / "merged"), getattr(torch, dtype))
+    difference = merge(str(out), str(tmp_path / "merged"), getattr(torch, dtype))
     adapter, tokenizer = loading.load(str(out), torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == getattr(torch, dtype)
-    ids = [tokenizer(text, return_tensors="pt").input_ids for text in merge.PROMPTS]
+    ids = [tokenizer(text, return_tensors="pt").input_ids for text in merge_proof.PROMPTS]
     with torch.no_grad():
         expected = [adapter(i).logits for i in ids]
         rounded = adapter.merge_and_unload().to(getattr(torch, dtype))
@@ -116,10 +116,10 @@ def test_the_merged_model_has_the_adapters_logits_in_a_plain_load(memorised, tmp
 
 def test_merging_refuses_what_it_cannot_prove(memorised, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no adapter_config.json"):
-        merge.merge(str(tmp_path), str(tmp_path / "merged"))
-    monkeypatch.setattr(merge, "TOLERANCE", 1e-12)
+        merge(str(tmp_path), str(tmp_path / "merged"))
+    monkeypatch.setattr(merge_proof, "TOLERANCE", 1e-12)
     with pytest.raises(UserError, match="nothing was written"):
-        merge.merge(str(memorised[0]), str(tmp_path / "merged"), torch.float32)
+        merge(str(memorised[0]), str(tmp_path / "merged"), torch.float32)
     assert not (tmp_path / "merged").exists()
 
 
@@ -133,7 +133,7 @@ def test_an_adapter_weight_without_a_place_in_the_base_is_an_error(memorised, tm
     weights["base_model.model.model.layers.99.mlp.up_proj.lora_A.weight"] = torch.ones(16, 576)
     save_file(weights, broken / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"1 adapter weights do not match .*layers\.99"):
-        merge.merge(str(broken), str(tmp_path / "merged"), torch.float32)
+        merge(str(broken), str(tmp_path / "merged"), torch.float32)
 
 
 def test_evaluation_by_generation_reports_exact_answers_and_a_users_own_metric(memorised, tmp_path):
