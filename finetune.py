@@ -493,6 +493,7 @@ def run(model_args, data_args, training_args, lora_args):
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
     generation.stop_at(model, tokenizer, encoder)
     if training_args.use_lora:
+        transformers.set_seed(training_args.seed)  # loading draws random numbers under some engines
         model = add_adapter(model, training_args, lora_args)
     if training_args.torch_compile:
         compile_layers(model, training_args)

@@ -79,6 +79,14 @@ def moe(small_tokenizer, tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("moe"), small_tokenizer, config)
 
 
+@pytest.fixture(scope="module")
+def hybrid(small_tokenizer, tmp_path_factory):
+    """Folder with a random Qwen3.5 text model: a gated delta net and a layer of full attention."""
+    linear = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+    config = transformers.Qwen3_5TextConfig(**SMALL, **linear, layer_types=["linear_attention", "full_attention"])
+    return random_model(tmp_path_factory.mktemp("hybrid"), small_tokenizer, config)
+
+
 METRIC = """
 import zlib
 
@@ -87,7 +95,7 @@ def fingerprint(answer, reference, messages):
 """
 
 
-def jobs(label, folder, tiny_model, qwen3, moe, data):
+def jobs(label, folder, tiny_model, qwen3, moe, hybrid, data):
     """The trainings of one engine: (name, what tests/distributed/ranks.py is to run)."""
     rows, held_out, metric = data
     offloads = ENGINES[label].offloads
@@ -130,22 +138,24 @@ def jobs(label, folder, tiny_model, qwen3, moe, data):
         name = f"{mode} checkpointed"
         checkpointed = [*plain, "--gradient_checkpointing", "True", *no_dropout]
         yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed)}
+        packed = ["--pack_tokens", "64", "--max_steps", "3", "--save_strategy", "no", "--gradient_checkpointing", "True"]
+        yield f"{mode} hybrid", {"argv": argv(hybrid, folder / f"{mode} hybrid", 2, *packed, *no_dropout)}
     if not offloads:
         yield "experts", {"argv": argv(moe, folder / "moe", 1, "--max_steps", "3", "--save_strategy", "no")}
 
 
 @pytest.fixture(scope="module")
-def ran(tiny_model, qwen3, moe, data, tmp_path_factory):
+def ran(tiny_model, qwen3, moe, hybrid, data, tmp_path_factory):
     """Function from an engine's label to {training: what it left}; an engine runs when it is first asked for."""
     results = {}
     launched_as = {label: ENGINES[label].checkpoint_format if ENGINES[label].offloads else label for label in FLAGS}
 
     def start(label):
         folder = tmp_path_factory.mktemp(label)
-        todo = dict(jobs(label, folder, tiny_model, qwen3, moe, data))
+        todo = dict(jobs(label, folder, tiny_model, qwen3, moe, hybrid, data))
         for other in launched_as:
             if launched_as[other] == label != other:  # in the same processes
-                offload = jobs(other, folder / "offload", tiny_model, qwen3, moe, data)
+                offload = jobs(other, folder / "offload", tiny_model, qwen3, moe, hybrid, data)
                 todo |= {f"offload {name}": job for name, job in offload}
         (folder / "jobs.json").write_text(json.dumps(todo, default=str))
         command = [ROOT / "tests" / "distributed" / "ranks.py", folder / "jobs.json", folder / "results.json"]
@@ -178,7 +188,7 @@ def log(result, key):
 @pytest.mark.parametrize("label", ENGINES)
 def test_the_verdict_on_an_engine_is_what_these_tests_run_with_it(label):
     engine, paths = ENGINES[label], pathlib.Path("folder")
-    names = dict(jobs(label, paths, paths, paths, paths, [paths] * 3)) if label in FLAGS else {}
+    names = dict(jobs(label, *[paths] * 5, [paths] * 3)) if label in FLAGS else {}
     for mode in set(Mode) - set(engine.refuses):
         resumed, trained = f"{mode} resumed" in names, f"{mode} 1" in names
         assert engine.verdict == (Verdict.RESUMES if resumed else Verdict.TRAINS if trained else Verdict.GPU)
@@ -232,6 +242,16 @@ def test_a_mixture_of_experts_trains_as_in_one_process(ran, engine):
     result = ran(engine)["experts"]
     assert log(result, "loss") == pytest.approx(log(ran("one process")["experts"], "loss"), rel=1e-4)
     assert result["leaves"] or engine != "ZeRO-3"  # a layer of experts is gathered at once
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", WHOLE[1:])
+def test_gated_delta_nets_over_different_numbers_of_documents_on_the_ranks_train_as_in_one_process(ran, engine, mode):
+    alone, shared = (ran(which)[f"{mode} hybrid"] for which in ("one process", engine))
+    for key in ("loss", "grad_norm"):
+        assert len(log(alone, key)) == 3
+        assert log(shared, key) == pytest.approx(log(alone, key), rel=1e-4)
+    assert set(log(shared, "padding")) == {0}  # rows are packed
 
 
 @pytest.mark.parametrize("mode", MODES)
