@@ -27,7 +27,7 @@ from recipe.dataset import encoding, report, tokenised
 from recipe.dataset.collator import Collator
 from recipe.dataset.conversations import Conversations, hold_out, named_paths
 from recipe.dataset.encoding import ChatEncoder
-from recipe.distributed import engines, nodes
+from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter
 from recipe.model.precision import best_dtype, dtype_name, has_bf16
 
@@ -439,12 +439,32 @@ def compile_layers(model: torch.nn.Module, training_args: TrainingArguments) -> 
 # Saving
 
 
-def safe_save_model_for_hf_trainer(trainer, output_dir):
+def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows: int | None = None) -> None:
     """Write the adapter (or the whole model), tokenizer, chat template and generation config to `output_dir`.
 
-    Every rank must call it: the engines gather weights collectively. Rank 0 writes.
+    The Trainer calls this function, too, for every checkpoint and for `best`. Every rank must call it.
+
+    Args:
+        rows: How many rows of every tensor of a whole model to write (None: all), for a rehearsal.
+
+    Raises:
+        UserError: The files cannot be written, or do not hold what was trained; on all ranks.
     """
-    trainer.save_model(output_dir, _internal_call=True)
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    if engines.engine_of(args).deepspeed_stage == 3:
+        trainer.model_wrapped.empty_partition_cache()  # generation may have left weights gathered
+    # ZeRO-3 and FSDP2: each rank holds a part of each tensor, and all take part in putting it together.
+    state = weights.gather_state_dict(model, keep=args.should_save, rows=rows)
+    problem = None
+    if args.should_save:
+        try:
+            weights.refuse_infinite(state)  # before anything good is written over
+            trainer._save(output_dir, state_dict=state)
+            checkpoints.verify_saved(output_dir, state, trainer.weights_have_moved())
+        except Exception as error:
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
+    weights.raise_on_all_ranks(problem)  # the others would wait for rank 0 in the next collective
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,6 +517,12 @@ def run(model_args, data_args, training_args, lora_args):
         model = add_adapter(model, training_args, lora_args)
     if training_args.torch_compile:
         compile_layers(model, training_args)
+    questions, metric = [], None
+    if data_args.eval_generate:
+        held_out = (dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept)
+        chosen = list(itertools.islice(held_out, data_args.eval_generate))
+        questions = answers.questions(chosen, encoder, training_args.model_max_length)
+        metric = answers.load_metric(data_args.metric) if data_args.metric else None
     trainer = RecipeTrainer(
         model=model,
         args=training_args,
@@ -504,16 +530,12 @@ def run(model_args, data_args, training_args, lora_args):
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         data_collator=Collator(training_args.padding_free),
+        save=safe_save_model_for_hf_trainer,
+        record=record,
+        questions=questions,
+        metric=metric,
+        stop_id=encoder.stop_id,
     )
-    trainer.record = record
-    if data_args.eval_generate:
-        held_out = (dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept)
-        chosen = list(itertools.islice(held_out, data_args.eval_generate))
-        trainer.questions = answers.questions(chosen, encoder, training_args.model_max_length)
-        trainer.metric = answers.load_metric(data_args.metric) if data_args.metric else None
-        trainer.stop_id = encoder.stop_id
-    if training_args.resume_from_checkpoint:
-        trainer.remember_best()
     if training_args.gradient_checkpointing is None:
         start_report.choose_checkpointing(trainer, compute_dtype, lora_args)
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
@@ -524,7 +546,10 @@ def run(model_args, data_args, training_args, lora_args):
     if eval_dataset is not None:
         now = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
         evaluated = {key: value for entry in now for key, value in entry.items() if key.startswith("eval_")}
-        metrics.update(evaluated if "eval_loss" in evaluated else trainer.evaluate())
+        if "eval_loss" not in evaluated:
+            evaluated = trainer.evaluate()
+            trainer.keep_best(evaluated)
+        metrics.update(evaluated)
         trainer.save_state()
     if trainer.args.should_save:
         curves.draw(trainer.state.log_history, training_args.output_dir)

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with this recipe's loss, order of rows, evaluation and saving.
+"""The Hugging Face Trainer with this recipe's loss, order of rows, evaluation and checkpoints.
 
 Reads in the order of a run: the loss of a micro-batch, the rows of an epoch, evaluation, the log, saving.
 """
@@ -8,25 +8,52 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
 from recipe.console import UserError
 from recipe.dataset import packing
-from recipe.distributed import engines, weights
+from recipe.distributed import engines
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks
 from recipe.training.throughput import Throughput
 
+BEST = "best"  # folder in the output folder with the weights of the lowest evaluation loss
+BEST_METRICS = "metrics.json"
+
 
 class RecipeTrainer(transformers.Trainer):
-    """The Trainer with a token-weighted loss on supervised positions only, exact evaluation and a `best` folder."""
+    """The Trainer with a token-weighted loss on supervised positions only, exact evaluation and a `best` folder.
+
+    Args:
+        save: Function of (trainer, folder, rows) that writes and checks the weights on behalf of all ranks, or the
+            first `rows` rows of each tensor; finetune.py's `safe_save_model_for_hf_trainer`.
+        record: What checkpoints remember of the run, see `checkpoints.describe_run`.
+        questions: Held-out prompts to answer at each evaluation; `metric` scores an answer besides the built-in scores,
+            `stop_id` is the token id that ends one.
+        kwargs: Arguments of the Trainer. `eval_dataset` is {name: dataset}, or None.
+    """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the supervised tokens of the whole optimizer step
 
-    def __init__(self, model, **kwargs):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        save: Callable[["RecipeTrainer", str, int | None], None],
+        record: dict[str, Any] | None = None,
+        questions: list[answers.Question] | None = None,
+        metric: Callable[[str, str, list], float] | None = None,
+        stop_id: int | None = None,
+        **kwargs: Any,
+    ):
         use_cache = model.config.use_cache
         super().__init__(model, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count those tokens, over all ranks
@@ -34,11 +61,11 @@ class RecipeTrainer(transformers.Trainer):
         self.model.config.use_cache = use_cache
         # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
         self._bos = self.model.config.bos_token_id, self.model.generation_config.bos_token_id
+        self.save, self.record = save, record or {}
+        self.questions, self.metric, self.stop_id = questions or [], metric, stop_id
         self.head = fuse_loss_into_head(self.model)
-        self.best_loss = math.inf
+        self.best_loss = self._recorded_best()
         self._eval_sums = self._file_sums = None
-        self.questions, self.metric, self.stop_id = [], None, None  # set for --eval_generate
-        self.record = {}  # what checkpoints remember of the run, see resume.py
         self.throughput = Throughput(self)
         self.add_callback(checks.SelfChecks(self))
         self.add_callback(self.throughput)
@@ -61,20 +88,19 @@ class RecipeTrainer(transformers.Trainer):
     def floating_point_ops(self, inputs):
         return 0  # the Trainer would walk through all parameters for each micro-batch; see throughput.py
 
-    def get_train_dataloader(self):
-        """Fills the last batch of an epoch with empty conversations, where the default would train some rows twice."""
-        dataset = self.train_dataset
-        if not self.args.dataloader_drop_last:
-            self.train_dataset = packing.PaddedToBatch(dataset, self.args.train_batch_size * self.args.world_size)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = dataset
+    # Rows
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+        """Fill the last batches with empty conversations; the Trainer would take some rows twice."""
+        if not (is_training and self.args.dataloader_drop_last):
+            dataset = packing.PaddedToBatch(dataset, batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
-        strategy, dataset = self.args.train_sampling_strategy, getattr(train_dataset, "dataset", train_dataset)
+        strategy = self.args.train_sampling_strategy
         if strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
+        dataset = train_dataset.dataset if isinstance(train_dataset, packing.PaddedToBatch) else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
 
         def order():  # the same on every rank, and after a resume
@@ -87,18 +113,12 @@ class RecipeTrainer(transformers.Trainer):
 
         return packing.EpochSampler(order, len(dataset), len(train_dataset))
 
+    # Evaluation
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Fills the last batches with empty conversations, where the default would count some rows twice."""
-        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        getattr(self, "_eval_dataloaders", {}).clear()  # kept for persistent workers, under one name for all files
-        return super().get_eval_dataloader(
-            packing.PaddedToBatch(dataset, self.args.eval_batch_size * self.args.world_size)
-        )
 
     def evaluation_loop(self, dataloader, description, metric_key_prefix="eval", **kwargs):
         self._file_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -112,30 +132,30 @@ class RecipeTrainer(transformers.Trainer):
         return output
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Token-weighted loss over all evaluation files, `eval_loss`, and over each of several, `eval_NAME_loss`."""
-        if eval_dataset is not None:  # one of the files; the Trainer calls this method for each
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        """Return the token-weighted loss over all evaluation files, `eval_loss`, and of each, `eval_NAME_loss`."""
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # the Trainer does so for each file
         self._eval_sums = None
         several = len(self.eval_dataset) > 1
         metrics = super().evaluate(None if several else next(iter(self.eval_dataset)), ignore_keys, metric_key_prefix)
         if several:
-            metrics["eval_loss"] = (self._eval_sums[0] / self._eval_sums[1]).item()
-            self.log({"eval_loss": metrics["eval_loss"]})
+            total = {f"{metric_key_prefix}_loss": (self._eval_sums[0] / self._eval_sums[1]).item()}
+            self.log(total)
+            metrics.update(total)
         if self.questions:
-            scores = self._generate_answers()
+            scores = self._answer_questions(metric_key_prefix)
             self.log(scores)
             metrics.update(scores)
-        if metrics["eval_loss"] < self.best_loss:
-            self.best_loss = metrics["eval_loss"]
-            folder = os.path.join(self.args.output_dir, "best")
-            self.save_model(folder, _internal_call=True)
-            if self.args.should_save:
-                with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
-                    json.dump({"eval_loss": self.best_loss, "step": self.state.global_step}, file)
         return metrics
 
-    def _generate_answers(self):
-        """Greedy answers to the held-out prompts, shared out among the ranks; `eval_exact_match` and so on."""
+    def _evaluate(self, *args, **kwargs):
+        """Evaluate in the course of training, where the best weights are kept."""
+        metrics = super()._evaluate(*args, **kwargs)
+        self.keep_best(metrics)
+        return metrics
+
+    def _answer_questions(self, prefix):
+        """Answer the held-out prompts greedily, shared out among the ranks; return the mean of every score."""
         from accelerate.utils import gather_object
 
         # Where every forward gathers weights from all ranks, all ranks must generate equally long: each answers all.
@@ -146,78 +166,86 @@ class RecipeTrainer(transformers.Trainer):
         with self.accelerator.autocast():
             texts = answers.answer(model, self.processing_class, mine, self.stop_id, 2 * longest + 16)
         scores = gather_object([answers.scores(*pair, self.metric) for pair in zip(texts, mine, strict=True)])
-        return {f"eval_{name}": value for name, value in answers.mean_scores(scores).items()}
+        return {f"{prefix}_{name}": value for name, value in answers.mean_scores(scores).items()}
 
-    def remember_best(self):
-        """Take up the best loss of the run that is resumed, so that `best` is replaced by something better only."""
-        path = os.path.join(self.args.output_dir, "best", "metrics.json")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                self.best_loss = json.load(file)["eval_loss"]
+    def keep_best(self, metrics: dict[str, float]) -> None:
+        """Save the weights to `best` if their `eval_loss` in `metrics` is the lowest so far. Every rank must call it."""
+        if not metrics["eval_loss"] < self.best_loss:
+            return
+        self.best_loss = metrics["eval_loss"]
+        folder = os.path.join(self.args.output_dir, BEST)
+        self.save_model(folder, _internal_call=True)
+        if self.args.should_save:
+            with open(os.path.join(folder, BEST_METRICS), "w", encoding="utf-8") as file:
+                json.dump({"eval_loss": self.best_loss, "step": self.state.global_step}, file)
+
+    def _recorded_best(self) -> float:
+        """Return the lowest loss of the run that is resumed, so that `best` is replaced by something better only."""
+        path = os.path.join(self.args.output_dir, BEST, BEST_METRICS)
+        if not self.args.resume_from_checkpoint or not os.path.exists(path):
+            return math.inf
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)["eval_loss"]
+
+    # The log
 
     def log(self, logs, *args, **kwargs):
-        norm = None if self.args.fp16 else logs.get("grad_norm")  # in fp16 an overflow skips its step and is normal
-        bad = [value for value in (logs.get("loss"), logs.get("train_loss"), norm) if not math.isfinite(value or 0.0)]
-        if bad:
-            self._stop(f"the loss is {logs.get('loss', logs.get('train_loss'))} and the gradient norm {norm}")
+        self._refuse_infinite(logs)
         if "loss" in logs:
             logs |= self.throughput.entry()
         super().log(logs, *args, **kwargs)
 
-    def save_model(self, output_dir=None, _internal_call=False, rows=None):
-        """Every rank gathers, rank 0 writes and reads back, and every rank learns of what went wrong."""
-        output_dir = output_dir or self.args.output_dir
-        if engines.engine_of(self.args).deepspeed_stage == 3:
-            self.model_wrapped.empty_partition_cache()  # generation may have left weights on their way
-        state = weights.gather_state_dict(self.accelerator.unwrap_model(self.model), self.args.should_save, rows)
-        problem = None
-        if self.args.should_save:
-            try:
-                weights.refuse_infinite(state)  # before anything good is written over
-                self._save(output_dir, state)
-                # The first step may have a learning rate of 0, and in fp16 the first ones may be skipped.
-                moved = self.state.global_step > (20 if self.args.fp16 else 1) and self.args.learning_rate > 0
-                checkpoints.verify_saved(output_dir, state, moved)
-            except Exception as error:  # told on every rank, see weights.raise_on_all_ranks
-                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
-        weights.raise_on_all_ranks(problem)
+    def _refuse_infinite(self, logs):
+        """Stop the run at a loss or gradient norm that is not finite."""
+        loss = logs.get("loss", logs.get("train_loss"))
+        norm = None if self.args.fp16 else logs.get("grad_norm")  # in fp16 an overflow skips its step and is normal
+        if not all(math.isfinite(value or 0.0) for value in (loss, norm)):
+            raise UserError(
+                f"step {self.state.global_step}: the loss is {loss} and the gradient norm {norm}; training is stopped, "
+                "earlier checkpoints are untouched. Lower --learning_rate, or use --bf16 in place of --fp16."
+            )
+
+    # Saving
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        self.save(self, output_dir or self.args.output_dir, None)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 
-    def rehearse(self):
+    def rehearse(self) -> None:
         """Write and check a small copy through the path of all saves, so that no run fails at its last line."""
         folder = os.path.join(self.args.output_dir, ".rehearsal")
-        self.save_model(folder, _internal_call=True, rows=1)
+        self.save(self, folder, 1)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(folder)
 
-    def _save(self, output_dir, weights):
-        """Weights, tokenizer and generation config, for checkpoints, too; files of another kind of training go."""
+    def weights_have_moved(self) -> bool:
+        """Whether training must have changed the weights by now.
+
+        The first step may have a learning rate of 0, and in fp16 the first ones may be skipped.
+        """
+        return self.state.global_step > (20 if self.args.fp16 else 1) and self.args.learning_rate > 0
+
+    def _save(self, output_dir, state_dict):
+        """Write weights, tokenizer, generation config; delete model files of an earlier run of another mode."""
         model = self.accelerator.unwrap_model(self.model)
         model.config.bos_token_id, model.generation_config.bos_token_id = self._bos
         adapter = hasattr(model, "peft_config")
-        if os.path.exists(os.path.join(output_dir, "training_args.bin")):  # an earlier run's folder
-            stale = ("model*.safetensors*", *["config.json"] * adapter, *["adapter_*"] * (not adapter))
+        if os.path.exists(os.path.join(output_dir, TRAINING_ARGS_NAME)):  # an earlier run's folder
+            stale = ("model*.safetensors*", *[CONFIG_NAME] * adapter, *["adapter_*"] * (not adapter))
             for path in (path for pattern in stale for path in glob.glob(os.path.join(output_dir, pattern))):
                 os.remove(path)  # else whoever loads the folder would find both and take one
-        super()._save(output_dir, weights)
+        super()._save(output_dir, state_dict)
         model.generation_config.save_pretrained(output_dir)
         if adapter and "original_max_position_embeddings" in (model.config.get_text_config().rope_parameters or {}):
             model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
 
     def _save_checkpoint(self, model, trial):
-        """A checkpoint, marked as complete when every rank has written its part."""
+        """Write a checkpoint, marked as complete when every rank has written its part."""
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             with open(os.path.join(folder, checkpoints.COMPLETE), "w", encoding="utf-8") as file:
                 json.dump(self.record, file)
-
-    def _stop(self, reason):
-        raise UserError(
-            f"step {self.state.global_step}: {reason}; training is stopped, earlier checkpoints are untouched. Lower "
-            "--learning_rate, or use --bf16 in place of --fp16."
-        )

@@ -138,7 +138,16 @@ def jobs(label, folder, tiny_model, qwen3, moe, hybrid, data):
         name = f"{mode} checkpointed"
         checkpointed = [*plain, "--gradient_checkpointing", "True", *no_dropout]
         yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed)}
-        packed = ["--pack_tokens", "64", "--max_steps", "3", "--save_strategy", "no", "--gradient_checkpointing", "True"]
+        packed = [
+            "--pack_tokens",
+            "64",
+            "--max_steps",
+            "3",
+            "--save_strategy",
+            "no",
+            "--gradient_checkpointing",
+            "True",
+        ]
         yield f"{mode} hybrid", {"argv": argv(hybrid, folder / f"{mode} hybrid", 2, *packed, *no_dropout)}
     if not offloads:
         yield "experts", {"argv": argv(moe, folder / "moe", 1, "--max_steps", "3", "--save_strategy", "no")}

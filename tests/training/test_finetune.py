@@ -394,6 +394,7 @@ def test_an_overflow_of_fp16_is_no_reason_to_stop_and_a_loss_that_is_not_finite_
     trainer = finetune.RecipeTrainer(
         model=finetune.transformers.AutoModelForCausalLM.from_pretrained(tiny_model),
         args=finetune.parse(argv(tiny_model, rows, tmp_path / "out"))[2],
+        save=finetune.safe_save_model_for_hf_trainer,
     )
     with pytest.raises(UserError, match="gradient norm inf"):
         trainer.log({"loss": 1.0, "grad_norm": float("inf")})
@@ -401,6 +402,44 @@ def test_an_overflow_of_fp16_is_no_reason_to_stop_and_a_loss_that_is_not_finite_
     trainer.log({"loss": 1.0, "grad_norm": float("inf")})
     with pytest.raises(UserError, match="the loss is nan"):
         trainer.log({"train_loss": float("nan")})
+
+
+def test_evaluating_outside_training_leaves_best_as_it_is(tiny_model, rows, tmp_path):
+    arguments = finetune.parse(argv(tiny_model, rows, tmp_path / "out", "--eval_data_path", rows))
+    tokenizer = finetune.load_tokenizer(arguments[0], arguments[2])
+    arguments[2].model_max_length = 512
+    _, evaluated = finetune.make_datasets(arguments[1], arguments[2], ChatEncoder(tokenizer))
+    trainer = finetune.RecipeTrainer(
+        model=finetune.transformers.AutoModelForCausalLM.from_pretrained(tiny_model),
+        args=arguments[2],
+        eval_dataset=evaluated,
+        processing_class=tokenizer,
+        data_collator=finetune.Collator(True),
+        save=finetune.safe_save_model_for_hf_trainer,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 1 and not (tmp_path / "out" / "best").exists()
+    assert trainer.evaluate(metric_key_prefix="test")["test_loss"] == pytest.approx(metrics["eval_loss"])
+    trainer.keep_best(metrics)
+    assert json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())["step"] == 0
+
+
+def test_workers_that_stay_evaluate_each_file_on_its_own_rows(tiny_model, rows, tmp_path):
+    other = write(tmp_path / "other.jsonl", ROWS[:3])
+    losses = []
+    for workers in (0, 1):
+        out = tmp_path / f"{workers} workers"
+        stay = ["--dataloader_num_workers", workers, "--dataloader_persistent_workers", bool(workers)]
+        finetune.train(argv(tiny_model, rows, out, "--eval_data_path", rows, other, "--max_steps", 4, *stay))
+        losses.append([history(out, key) for key in ("eval_rows_loss", "eval_other_loss", "eval_loss")])
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][1] and len(losses[0][0]) == 2
+
+
+def test_packed_rows_that_fill_no_last_batch_are_left_out(tiny_model, rows, tmp_path, capsys):
+    more = ["--pack_tokens", 120, "--per_device_train_batch_size", 3, "--dataloader_drop_last", "True"]
+    finetune.train(argv(tiny_model, rows, tmp_path / "out", *more))
+    packed = int(re.search(r"(\d+) packed rows /", capsys.readouterr().out).group(1))
+    assert packed % 3 and len(history(tmp_path / "out", "loss")) == 3 * (packed // 3)
 
 
 @pytest.mark.parametrize("name, expected", [("Mistral", False), ("Llama", True), ("Qwen2", True), ("Qwen3", True)])

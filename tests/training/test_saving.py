@@ -97,9 +97,9 @@ def test_whole_models_are_checked_shard_by_shard(tiny_model, tmp_path):
 def test_saving_is_rehearsed_before_the_first_step(tiny_model, data, tmp_path, monkeypatch, mode):
     written, save = [], finetune.RecipeTrainer._save
 
-    def failing(self, output_dir, weights):
+    def failing(self, output_dir, state_dict):
         written.append((os.path.basename(output_dir), self.state.global_step))
-        save(self, output_dir, weights)
+        save(self, output_dir, state_dict)
         if len(written) == 1 and mode == "LoRA":
             spoilt(pathlib.Path(output_dir), lambda w, name: w.update({name: torch.zeros(0)}))
 
