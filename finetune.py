@@ -117,6 +117,9 @@ class DataArguments:
         "Which assistant turns are learnt: all_turns (default) or last_turn, when only the last answer is good. A "
         'message with "train": false is never learnt.'
     )
+    train_empty_answers: bool = flag(True,
+        "Learn answers without any text, which teaches the model to stop at once. False uses them as context only."
+    )
 
 
 @dataclass
@@ -247,7 +250,7 @@ class SupervisedDataset(Dataset):
         max_length: longest document, in tokens.
         overlong: "drop", "truncate" or "error", for conversations with a longer one.
     Attributes:
-        kept, dropped, lengths, sizes, notes, tokens, supervised: see `tokenised.Figures`.
+        kept, dropped, lengths, sizes, notes, unused, tokens, supervised: see `tokenised.Figures`.
         examined: number of conversations that these figures count.
     Raises:
         UserError: a conversation cannot be read or rendered, or none is left.
@@ -263,7 +266,8 @@ class SupervisedDataset(Dataset):
             figures.lengths,
             figures.sizes,
         )
-        self.notes, self.tokens, self.supervised = figures.notes, figures.tokens, figures.supervised
+        self.notes, self.unused = figures.notes, figures.unused
+        self.tokens, self.supervised = figures.tokens, figures.supervised
         self.examined = len(self.lengths)
         if not len(self):
             reasons = "; ".join(f"{len(rows)} {reason.words(max_length)}" for reason, rows in self.dropped.items())
@@ -494,7 +498,7 @@ def run(model_args, data_args, training_args, lora_args):
     transformers.set_seed(training_args.seed)
     tokenizer = pretrained(model_args, training_args).tokenizer()
     try:
-        encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking)
+        encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking, data_args.train_empty_answers)
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args, data_args.pack_tokens)

@@ -12,15 +12,17 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from recipe.console import UserError
 from recipe.dataset.files import Records, open_records, value_in_words
-from recipe.dataset.messages import Message, to_message, to_tools
-from recipe.dataset.shapes import shape_of
+from recipe.dataset.messages import EMPTY, FIELDS, Message, field, json_list, to_message, to_tools, unused_fields
+from recipe.dataset.shapes import BARE_LIST, RECORD_FIELDS, Shape, shape_of
+
+MEDIA_MARKER = re.compile(r"<(image|img|video|audio)>")
 
 
 class Conversation(TypedDict):
@@ -30,34 +32,97 @@ class Conversation(TypedDict):
     tools: NotRequired[list[dict]]
 
 
-def to_conversation(record: Any, where: str) -> Conversation:
+def to_conversation(record: Any, where: str, columns: dict[str, str] | None = None) -> Conversation:
+    """Convert one record of any accepted shape; see `read_record`."""
+    return read_record(record, where, columns)[0]
+
+
+def read_record(record: Any, where: str, columns: dict[str, str] | None = None) -> tuple[Conversation, list[str]]:
     """Convert one record of any accepted shape.
 
     Args:
         record: the value as read from the file.
         where: words that name the file and the record, for error messages.
+        columns: {field that is understood: field of the record or of its turns}.
+    Returns:
+        (conversation, names of what the record has and is not used).
     Raises:
         UserError: one sentence with file, record, turn, what was found and what was expected.
     """
-    shape = shape_of(record, where)
+    record = _renamed(record, columns)
+    shape = shape_of(record, where, columns or ())
     turns = shape.turns(record, where)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: '{shape.name}' must be a non-empty list of turns, found {value_in_words(turns)}.")
+    turns = [_renamed(turn, columns) for turn in turns]
     messages = [to_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
-    has_system = record.get("system") not in (None, "")
+    record = {} if shape is BARE_LIST else record
+    unused = [*_flag_turns(record, messages, where), *_unused(record, shape, turns)]
+    system = field(record, "system", RECORD_FIELDS, where)
     for number, message in enumerate(messages, 1):
-        if message["role"] == "system" and (has_system or number > 1):
+        if message["role"] == "system" and (system or number > 1):
             raise UserError(
                 f"{where}, turn {number}: found a system message; expected at most one, as the first turn or as the "
                 "record's 'system', so move or remove it."
             )
-    if has_system:  # only now, so that turns were counted as in the file
-        messages.insert(0, to_message({"role": "system", "content": record["system"]}, f"{where}, 'system'"))
+    if system:  # only now, so that turns were counted as in the file
+        messages.insert(0, to_message({"role": "system", "content": system}, f"{where}, 'system'"))
     conversation: Conversation = {"messages": messages}
-    tools = record.get("tools") and to_tools(record["tools"], where)
-    if tools:
-        conversation["tools"] = tools
-    return conversation
+    tools = field(record, "tools", RECORD_FIELDS, where)
+    if tools and (described := to_tools(tools, where)):
+        conversation["tools"] = described
+    return conversation, unused
+
+
+def _renamed(record: Any, columns: dict[str, str] | None) -> Any:
+    """Give fields the names that are understood; a field whose name is taken by another is kept under "name (own)"."""
+    if not columns or not isinstance(record, dict):
+        return record
+    mapped = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+    rest = {name: value for name, value in record.items() if name not in mapped and name not in columns.values()}
+    hidden = {f"{name} (own)": record[name] for name in mapped if name in record and name not in columns.values()}
+    return {**mapped, **rest, **hidden}
+
+
+def _flag_turns(record: dict, messages: list[Message], where: str) -> list[str]:
+    """Apply the loss flags of a record, one for each turn or one for all, to its messages.
+
+    Returns:
+        names of those that are not used.
+    """
+    unused = []
+    for name in (name for name in FIELDS["train"] if record.get(name) is not None):
+        flags = json_list(record[name], f"{where}: {name!r}")
+        if isinstance(flags, str):  # of a table
+            flags = {"true": True, "1": True, "false": False, "0": False}.get(flags.lower())
+        by_turn = isinstance(flags, list)
+        if by_turn:
+            if len(flags) != len(messages) or any(flag not in (True, False) for flag in flags):
+                raise UserError(
+                    f"{where}: {name!r} must be true or false (1 or 0), or a list of them with one for each of the "
+                    f"{len(messages)} turns, found {value_in_words(flags)}."
+                )
+        elif flags is not None and flags in (True, False):
+            flags = [bool(flags) and message.get("train", True) for message in messages]
+        else:  # a number with another meaning
+            unused.append(name)
+            continue
+        for number, (message, flag) in enumerate(zip(messages, flags, strict=True), 1):
+            if message["role"] == "assistant":
+                if message.setdefault("train", bool(flag)) != bool(flag):
+                    raise UserError(f"{where}, turn {number}: its loss flag contradicts the record's {name!r}.")
+            elif flag and by_turn:
+                unused.append(f"{name} of turns that are not the assistant's")
+    return list(dict.fromkeys(unused))
+
+
+def _unused(record: dict, shape: Shape, turns: list[dict]) -> Iterator[str]:
+    """Name the fields of a record and of its turns that are not used, and markers of images in its text."""
+    known = {*shape.fields, *shape.also, *FIELDS["train"], *(s for names in RECORD_FIELDS.values() for s in names)}
+    yield from (name for name, value in record.items() if name not in known and value not in EMPTY)
+    yield from dict.fromkeys(name for turn in turns for name in unused_fields(turn))
+    if any(isinstance(text, str) and MEDIA_MARKER.search(text) for turn in turns for text in turn.values()):
+        yield "markers of images in the text, such as <image>, which are read letter by letter"
 
 
 class Conversations(Sequence[Conversation]):
@@ -94,8 +159,12 @@ class Conversations(Sequence[Conversation]):
         return source.where(record)
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]  # no slices
+        return self.read(index)[0]
+
+    def read(self, index: int) -> tuple[Conversation, list[str]]:
+        """Read a conversation and the names of what its record has and is not used; see `read_record`."""
         source, record = self._locate(index)
-        return to_conversation(source[record], source.where(record))
+        return read_record(source[record], source.where(record))
 
     def fingerprint(self) -> str:
         """Return a text that changes with the files, their order and the choice of records, for caches."""

@@ -21,6 +21,7 @@ knows thoughts they are the same. What happens to it depends on `thinking` and o
 
 * If the default prompt opens a thought and the turn has none, the prompt of enable_thinking=False is used.
 * An empty thought that the template inserts by itself is not learnt.
+* A text up to </think> without a <think> is a thought, too: the prompt had opened it.
 * If the template does not know thoughts, auto leaves out `reasoning_content` (Note.NO_THOUGHT) and keep writes it into
   the text.
 """
@@ -48,6 +49,8 @@ ENABLE_THINKING = {  # what serving passes for a turn (without, with) a thought 
 }
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\n{0,2}")
+# A </think> that no <think> precedes ends a thought, unless it is written like a word in a sentence.
+_UNOPENED = re.compile(r"""(?:(?<![ \t`'"(])</think>|</think>(?=[ \t]*(?:\n|$)))""")
 _PARTS = {"system": "system messages", "tools": "the list of tools", "tool_calls": "tool calls", "tool": "tool results"}
 _HEADER = 200  # characters before an answer that are searched for the control token that begins its header
 _KNOWN_HEADERS = 100  # ids of headers that are remembered; a template has a handful
@@ -59,6 +62,11 @@ class Note(StrEnum):
     SPLIT = "split into several documents, because serving has other tokens before some turns"
     NO_THOUGHT = "with a thought that the template leaves out"
     NO_USER = "with a turn before any user message, used as context only"
+    OPENED = "with a thought that </think> ends and no <think> begins, which was added"
+    EMPTY = "with an empty answer, which teaches to stop at once (--train_empty_answers False leaves it out)"
+    CONTROL_TEXT = (
+        "with control tokens of this model in a text, where they stay text; remove them if they are a template"
+    )
     CUT = "cut after the last turn that fits"
 
 
@@ -91,6 +99,7 @@ class ChatEncoder:
         tokenizer: a fast (Rust) tokenizer with a chat template.
         train_on: which assistant turns are supervised, of those whose message does not say `"train": false`.
         thinking: what happens to thoughts; see the table above.
+        train_empty_answers: whether an answer without text, thought and calls is learnt; if not it is context.
     Attributes:
         stop_token, stop_id: what ends an assistant turn in this template, as text and as id.
     Raises:
@@ -100,6 +109,7 @@ class ChatEncoder:
     tokenizer: Any
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     thinking: Literal["auto", "keep", "strip", "empty"] = "auto"
+    train_empty_answers: bool = True
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -160,11 +170,13 @@ class ChatEncoder:
         """Render a conversation: as one document if that is what serving sees, else one for each supervised turn."""
         messages, tools = conversation["messages"], conversation.get("tools")
         self._refuse_what_is_left_out(messages, tools)
-        supervised = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
-        if self.train_on == "last_turn":
-            supervised = supervised[-1:]
-        prepared = [self._with_thought(message) for message in messages]
-        rendering = _Rendering(*self._control_text.neutralise(prepared, tools))
+        opened = [_with_opened_thought(message) for message in messages]
+        rendering = _Rendering(*self._control_text.neutralise([self._with_thought(m) for m in opened], tools))
+        supervised = self._supervised_turns(opened, rendering.notes)
+        if any(message is not own for message, own in zip(opened, messages, strict=True)):
+            rendering.notes.append(Note.OPENED)
+        if rendering.sentinel:
+            rendering.notes.append(Note.CONTROL_TEXT)
         if self.thinking == "auto" and not self._template.knows_thoughts:
             if any(messages[i].get("reasoning_content", "").strip() for i in supervised):
                 rendering.notes.append(Note.NO_THOUGHT)
@@ -177,6 +189,16 @@ class ChatEncoder:
             turns = rendering.supervised
             rendering.documents = [whole] if whole else [self._document_of_turn(rendering, i) for i in turns]
         return rendering
+
+    def _supervised_turns(self, messages: Sequence[Message], notes: list[Note]) -> list[int]:
+        """Return the turns that are to be learnt, as far as the messages themselves say."""
+        supervised = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
+        if self.train_on == "last_turn":
+            supervised = supervised[-1:]
+        empty = [i for i in supervised if _is_empty(messages[i])]
+        if empty and self.train_empty_answers:
+            notes.append(Note.EMPTY)
+        return supervised if self.train_empty_answers else [i for i in supervised if i not in empty]
 
     def _refuse_what_is_left_out(self, messages: Sequence[Message], tools: list | None) -> None:
         present = {name for message in messages for name in (message["role"], *message)}
@@ -388,6 +410,22 @@ def supervised_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
             runs.append((start, position))
             start = None
     return runs if start is None else [*runs, (start, len(labels))]
+
+
+def _with_opened_thought(message: Message) -> Message:
+    """Return a message whose thought has its opening tag; the message itself if nothing had to be added."""
+    content = message["content"]
+    if message["role"] != "assistant" or "</think>" not in content or message.get("reasoning_content"):
+        return message
+    end = content.index("</think>")
+    if "<think>" in content[:end] or not _UNOPENED.match(content, end):
+        return message
+    return {**message, "content": "<think>\n" + content.lstrip("\n")}
+
+
+def _is_empty(message: Message) -> bool:
+    text = _THOUGHT.sub("", message["content"], count=1) if not _thought_of(dict(message)) else message["content"]
+    return not text.strip() and not message.get("reasoning_content", "").strip() and not message.get("tool_calls")
 
 
 def _thought_of(message: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ memory-mapped by `datasets`.
 
 import bisect
 import gzip
+import itertools
 import json
 import os
 import reprlib
@@ -75,13 +76,17 @@ class TextRecords:
             raise UserError(f"{path}: is not UTF-8 but looks like UTF-16; save it as UTF-8.")
         self._skip = 3 if start.startswith(b"\xef\xbb\xbf") else 0
         with self._read() as file:
-            first = next((line for line in file if not line.isspace()), None)
-        if first is None:
+            first, second = itertools.islice(
+                itertools.chain((line.strip() for line in file if not line.isspace()), [b"", b""]), 2
+            )
+        if not first:
             raise UserError(f"{path}: is empty; expected JSON or JSON Lines with one conversation a record.")
-        self.lines = self._is_json_lines(first)
+        self.lines = self._is_json_lines(first, second)
         self._starts, self._ends, self._blanks = self._index_lines() if self.lines else self._index_values()
         if not len(self._starts):
             raise UserError(f"{path}: holds no record; expected at least one conversation.")
+        if first.startswith(b"[") and not self.lines and _is_turn(self[0]):  # the list is one conversation
+            self._starts, self._ends = array("q", [self._skip]), array("q", [os.fstat(self._fd).st_size])
 
     def _read(self) -> BinaryIO:
         """Open the text again, after a byte order mark."""
@@ -89,17 +94,23 @@ class TextRecords:
         file.seek(self._skip)
         return file
 
-    def _is_json_lines(self, first: bytes) -> bool:
-        """Return whether each line is a record; if not, the file is a JSON array or a series of JSON values."""
-        first = first.strip()
-        if not first.startswith(b"{"):
-            return not first.startswith(b"[")  # neither: report the bad record as a line of JSON Lines
+    def _is_json_lines(self, first: bytes, second: bytes) -> bool:
+        """Return whether each line is a record; if not, the file is a JSON array or a series of JSON values.
+
+        Args:
+            first, second: the first two lines that are not blank.
+        """
+        if not first.startswith((b"{", b"[")):
+            return True  # reports the bad record as a line
+        is_list = first.startswith(b"[")
+        if is_list and not second.startswith(b"["):
+            return False
         try:
             json.loads(first.decode(errors="replace"))
             return True
         except (ValueError, RecursionError):
             pass
-        if first == b"{":
+        if first == b"{" or is_list:
             return False
         try:  # the beginning of an object over several lines, or a broken line of JSON Lines
             start = os.pread(self._fd, FIRST_OBJECT, self._skip).decode(errors="replace").lstrip()
@@ -219,7 +230,7 @@ class TableRecords:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        return _without_nulls(self._rows[int(index)])
+        return _without_filled_in(self._rows[int(index)], self._rows.features)
 
     def where(self, index: int) -> str:
         """Name the file and the record, counted from 1."""
@@ -228,6 +239,10 @@ class TableRecords:
     def fingerprint(self) -> str:
         """Return what `datasets` computes from the file's content or the hub's commit."""
         return self._rows._fingerprint
+
+
+def _is_turn(record: Any) -> bool:
+    return isinstance(record, dict) and ("role" in record or "from" in record)
 
 
 def _csv_options(name: str) -> dict[str, Any]:
@@ -244,11 +259,15 @@ def _csv_options(name: str) -> dict[str, Any]:
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
-def _without_nulls(value: Any) -> Any:
-    """Remove the None with which tables fill the fields that a row lacks: the record as written did not have them."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _without_filled_in(value: Any, feature: Any) -> Any:
+    """Remove the nulls with which Arrow fills the fields that an object lacks; those of JSON columns were written."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        kept = {name: item for name, item in value.items() if item is not None}
+        return {name: _without_filled_in(item, feature.get(name)) for name, item in kept.items()}
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_without_filled_in(item, inner) for item in value]
+    return value
 
 
 def open_records(path: str) -> Records:

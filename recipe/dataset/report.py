@@ -14,6 +14,7 @@ from recipe.dataset.tokenised import Dropped
 
 COLOUR, END = "\033[30;42m", "\033[0m"  # black on green, and back
 SHOWN_PLACES = 5  # of dropped rows, enough to find the first by hand
+SHOWN_NAMES = 20  # of fields that are not used
 MANY_DROPPED = 0.01  # share of rows too long from which the length that would keep 99 % is named
 
 
@@ -93,6 +94,10 @@ def rows(dataset: Any) -> str:
         more = ", ..." if len(numbers) > SHOWN_PLACES else ""
         lines.append(f"{len(numbers):,} dropped, {reason.words(max_length)}: {places}{more}")
     lines += [f"{count:,} {note}" for note, count in dataset.notes.items()]
+    if dataset.unused:
+        named = [f"{name} ({count:,})" for name, count in dataset.unused.most_common(SHOWN_NAMES)]
+        others = len(dataset.unused) - len(named)
+        lines.append(f"not used, with the number of rows: {', '.join(named)}{f' and {others} more' if others else ''}")
     share = dataset.supervised / max(dataset.tokens, 1)
     lines.append(f"{dataset.tokens:,} tokens, {dataset.supervised:,} of them supervised ({share:.0%})")
     half, most, nearly, longest = (int(x) for x in np.percentile(dataset.lengths, [50, 90, 99, 100]))

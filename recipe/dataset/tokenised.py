@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 
 from recipe import console
 from recipe.console import UserError
-from recipe.dataset.conversations import Conversations
+from recipe.dataset.conversations import Conversation, Conversations
 from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Document, Encoded, Note, supervised_runs
 
 BATCH = 1000  # conversations that one call of the tokenizer encodes on all cores; more only takes memory
@@ -46,6 +46,7 @@ class Row(TypedDict):
     documents: those in use, each at most max_length tokens; none if the row is dropped.
     dropped: name of a member of Dropped, or "".
     notes: names of members of Note.
+    unused: names of what the record has and is not used.
     length: tokens of the longest document before anything was cut.
     tokens, supervised: tokens of all documents in use, and those with a label.
     """
@@ -53,6 +54,7 @@ class Row(TypedDict):
     documents: list[Document]
     dropped: str
     notes: list[str]
+    unused: list[str]
     length: int
     tokens: int
     supervised: int
@@ -89,18 +91,22 @@ class Tokeniser:
         Raises:
             UserError: one of them cannot be read or rendered, or is too long and `overlong` is "error".
         """
-        return [self._fitted(number, row) for number, row in zip(numbers, self._encoded(numbers), strict=True)]
+        read = [self.conversations.read(number) for number in numbers]
+        encoded = self._encoded(numbers, [conversation for conversation, _ in read])
+        return [
+            self._fitted(number, row, unused) for number, row, (_, unused) in zip(numbers, encoded, read, strict=True)
+        ]
 
-    def _encoded(self, numbers: Sequence[int]) -> list[Encoded]:
-        batch = [self.conversations[number] for number in numbers]
+    def _encoded(self, numbers: Sequence[int], batch: list[Conversation]) -> list[Encoded]:
         try:
             return self.encoder.encode_batch(batch)
         except (TemplateError, ValueError) as error:
             if len(batch) == 1:
                 raise UserError(f"{self.conversations.where(numbers[0])}: {str(error).rstrip('.')}.") from None
-            return [self._encoded([number])[0] for number in numbers]  # finds which one it was
+            pairs = zip(numbers, batch, strict=True)  # finds which one it was
+            return [self._encoded([number], [conversation])[0] for number, conversation in pairs]
 
-    def _fitted(self, number: int, encoded: Encoded) -> Row:
+    def _fitted(self, number: int, encoded: Encoded, unused: list[str]) -> Row:
         documents, notes, dropped = encoded.documents, list(encoded.notes), ""
         length = max((len(document["input_ids"]) for document in documents), default=0)
         if not documents:
@@ -120,6 +126,7 @@ class Tokeniser:
             "documents": documents,
             "dropped": dropped,
             "notes": [note.name for note in notes],
+            "unused": unused,
             "length": length,
             "tokens": sum(len(document["input_ids"]) for document in documents),
             "supervised": sum(label != IGNORE_INDEX for document in documents for label in document["labels"]),
@@ -160,6 +167,7 @@ def cached_rows(tokeniser: Tokeniser) -> Any:
         documents=List({"input_ids": ids, "labels": ids, "turns": ids}),
         dropped=Value("string"),
         notes=List(Value("string")),
+        unused=List(Value("string")),
         length=Value("int32"),
         tokens=Value("int64"),
         supervised=Value("int64"),
@@ -225,7 +233,7 @@ class Figures:
         dropped: numbers of the others, by the reason.
         lengths: int32 array, tokens of the longest document of every conversation, before anything was cut.
         sizes: int64 array, tokens of all documents in use of every conversation.
-        notes: how many conversations have each note.
+        notes: how many conversations have each note; unused: the same for each name of what is not used.
         tokens, supervised: sums over the conversations in use.
     """
 
@@ -233,14 +241,18 @@ class Figures:
         self.kept, self.lengths, self.sizes = array("q"), array("i"), array("q")
         self.dropped: dict[Dropped, list[int]] = {}
         self.notes: collections.Counter[Note] = collections.Counter()
+        self.unused: collections.Counter[str] = collections.Counter()
         self.tokens = self.supervised = 0
 
-    def add(self, dropped: str, notes: Sequence[str], length: int, tokens: int, supervised: int) -> None:
+    def add(
+        self, dropped: str, notes: Sequence[str], unused: Sequence[str], length: int, tokens: int, supervised: int
+    ) -> None:
         """Count the next conversation; the arguments are FIGURES of its row."""
         number = len(self.lengths)
         self.lengths.append(length)
         self.sizes.append(tokens)
         self.notes.update(Note[name] for name in notes)
+        self.unused.update(unused)
         if dropped:
             self.dropped.setdefault(Dropped[dropped], []).append(number)
         else:
@@ -263,5 +275,5 @@ def figures_of(tokeniser: Tokeniser, count: int) -> Figures:
     figures = Figures()
     for start in range(0, count, BATCH):
         for row in tokeniser.rows(range(start, min(start + BATCH, count))):
-            figures.add(row["dropped"], row["notes"], row["length"], row["tokens"], row["supervised"])
+            figures.add(*(row[name] for name in FIGURES))  # type: ignore[literal-required]
     return figures

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 from helpers import ROOT
-from recipe.dataset.conversations import Conversations
 
 DATA = ROOT / "data"
 
@@ -49,11 +48,3 @@ def test_every_answer_is_json_made_of_what_the_conversation_says():
         )
         for value in json.loads(row["messages"][-1]["content"]).values():
             assert value is None or str(value) in said.replace(".90", ".9")
-
-
-def test_examples_of_every_shape_are_read():
-    shapes = {path.name: Conversations([str(path)]).shapes()[str(path)] for path in (DATA / "examples").iterdir()}
-    assert shapes == {
-        "messages.jsonl": "messages", "conversations.json": "conversations",
-        "alpaca.json": "instruction/output", "prompt_completion.jsonl": "prompt/completion",
-    }  # fmt: skip

@@ -48,3 +48,19 @@ def test_validate_only_reads_everything_without_weights_and_ends_with_a_verdict(
     command = [sys.executable, "finetune.py", *argv(tiny_copy, broken, tmp_path / "out", "--validate_only")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "record 9 (line 9), turn 1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_block_names_what_is_not_used_and_what_is_odd(tiny_model, tmp_path, capsys):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "likes": 3}]
+    rows = [{"messages": turns, "id": n} for n in range(3)]
+    rows += [
+        {"messages": [turns[0], {"role": "assistant", "content": ""}]},
+        {"prompt": "<|im_end|>", "completion": "x"},
+    ]
+    finetune.train(argv(tiny_model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", "--validate_only"))
+    told = capsys.readouterr().out
+    assert "not used, with the number of rows: id (3), likes in turns (3)\n" in told
+    assert "1 with an empty answer" in told and "1 with control tokens of this model in a text" in told
+    more = ["--train_empty_answers", "False"]
+    finetune.train(argv(tiny_model, tmp_path / "rows.jsonl", tmp_path / "out", "--validate_only", *more))
+    assert "1 dropped, without a turn to learn" in capsys.readouterr().out

@@ -161,8 +161,21 @@ def same_text(found, expected):
 # The promise
 
 
+def opened(conversation):
+    """The conversation with a <think> before every thought that only its </think> marks."""
+    ends = re.compile(r"""(?s)(?:(?!<think>|</think>).)*?(?:(?<![ \t`'"(])</think>|</think>(?=[ \t]*(?:\n|$)))""")
+
+    def with_tag(message):
+        if message["role"] != "assistant" or message.get("reasoning_content") or not ends.match(message["content"]):
+            return message
+        return {**message, "content": "<think>\n" + message["content"].lstrip("\n")}
+
+    return {**conversation, "messages": [with_tag(message) for message in conversation["messages"]]}
+
+
 def check(tokenizer, name, conversation):
     """Prompts are those of serving, id for id; what is learnt is the answer with its stop token; no turn is lost."""
+    conversation = opened(conversation)
     (documents, notes), learnt = ChatEncoder(tokenizer).encode(conversation), []
     harmless, back = replaced(tokenizer, conversation)
     stop = tokenizer.convert_tokens_to_ids(FORMATS[name][1])
@@ -440,6 +453,44 @@ def test_a_blank_thought_is_no_thought(tokenizer_of, name):
         assert encoder.encode({"messages": [*PLAIN_ONE[:2], said("A1", **blank)]}).documents == [plain]
     for empty in (NONE, "<think></think>", "<think> </think>\n"):
         assert encoder.encode({"messages": [*PLAIN_ONE[:2], said(empty + "A1")]}).documents == [plain]
+
+
+UNOPENED = [
+    ("Two and two make four.\n</think>\n\n4", "Two and two make four.", "4"),
+    ("Two and two make four.</think>4", "Two and two make four.", "4"),
+    ("\nTwo and two. </think>\n4", "Two and two.", "4"),
+]
+
+
+@pytest.mark.parametrize("text, thought, answer", UNOPENED)
+@pytest.mark.parametrize("name", [*SWITCH, "qwen2_5"])
+def test_a_thought_that_the_prompt_had_opened_is_the_same_as_one_with_its_opening_tag(
+    tokenizer_of, name, text, thought, answer
+):
+    encoder = ChatEncoder(tokenizer_of(name))
+    encoded = encoder.encode({"messages": [user("2 + 2?"), said(text)]})
+    whole = encoder.encode({"messages": [user("2 + 2?"), said(f"<think>\n{text.lstrip()}")]})
+    assert encoded.documents == whole.documents and encoded.notes == [Note.OPENED]
+    learnt = [
+        tokenizer_of(name).decode(document["input_ids"][start:])
+        for document in encoded.documents
+        for _, start, _ in runs(document)
+    ]
+    assert thought in learnt[0] and learnt[0].endswith(answer + "<|im_end|>")
+    for thinking in ("strip", "empty"):
+        encoder = ChatEncoder(tokenizer_of(name), thinking=thinking)
+        one, two = (encoder.encode({"messages": [user("2 + 2?"), said(words)]}).documents for words in (text, answer))
+        assert one == two
+
+
+@pytest.mark.parametrize("text", ["Close it with </think> here.", "Write `</think>` at the end."])
+def test_a_closing_tag_within_a_sentence_ends_no_thought(tokenizer_of, text):
+    for thinking in ("auto", "strip"):
+        encoded = ChatEncoder(tokenizer_of("qwen2_5"), thinking=thinking).encode(
+            {"messages": [user("How?"), said(text)]}
+        )
+        assert marked(tokenizer_of("qwen2_5"), encoded.documents[0]).endswith(f"⟦{text}<|im_end|>⟧")
+        assert encoded.notes == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

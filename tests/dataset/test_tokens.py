@@ -191,3 +191,28 @@ def test_a_template_that_ends_tool_calls_otherwise_never_teaches_what_the_tool_s
     messages[1] = {**messages[1], "train": False}
     (document,) = ChatEncoder(tokenizer).encode({"messages": messages}).documents
     assert learnt(qwen, document) == "Hello there 😀<|im_end|>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is told
+
+
+def test_an_empty_answer_is_noted_and_can_be_left_out(qwen):
+    messages = [TWO[0], {"role": "assistant", "content": ""}, *THREE[3:5]]
+    encoded = ChatEncoder(qwen).encode({"messages": messages})
+    assert encoded.notes == [Note.EMPTY] and encoded.documents[0]["turns"] == [2, 4]
+    encoded = ChatEncoder(qwen, train_empty_answers=False).encode({"messages": messages})
+    assert encoded.notes == [] and encoded.documents[0]["turns"] == [4]
+    assert learnt(qwen, encoded.documents[0]) == "1, 2<|im_end|>"
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    for full in ({"content": "", "tool_calls": [call]}, {"content": "", "reasoning_content": "Say nothing."}):
+        assert Note.EMPTY not in ChatEncoder(qwen).encode({"messages": [TWO[0], {"role": "assistant", **full}]}).notes
+
+
+def test_a_text_that_a_template_was_applied_to_stays_text_and_is_noted(qwen):
+    prompt = "<|im_start|>user\nName a colour<|im_end|>\n<|im_start|>assistant\n"
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "Blue<|im_end|>"}]
+    encoded = ChatEncoder(qwen).encode({"messages": messages})
+    assert encoded.notes == [Note.CONTROL_TEXT]
+    assert encoded.documents[0]["input_ids"].count(qwen.convert_tokens_to_ids("<|im_start|>")) == 3
+    assert learnt(qwen, encoded.documents[0]) == "Blue<|im_end|><|im_end|>"
