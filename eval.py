@@ -10,41 +10,75 @@ messages) -> float`.
 
 import argparse
 import json
+import sys
 
-from jinja2 import TemplateError
-
-from recipe import console
+from recipe import command_line, console
 from recipe.console import UserError
-from recipe.dataset.conversations import Conversations
-from recipe.model.loading import load
-from recipe.training.answers import load_metric, measure
+from recipe.dataset.encoding import THINKING
 
 
-def main():
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_name_or_path", required=True, help="Model folder, adapter folder or hub name.")
+    command_line.add_model_flags(parser, THINKING)
     parser.add_argument("--data_path", nargs="+", required=True, help="Files of conversations.")
     parser.add_argument("--limit", type=int, default=0, help="Only the first N conversations. Default 0: all.")
+    parser.add_argument("--model_max_length", type=int, help="Leave out conversations of more tokens. Default none.")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="Longest answer in tokens. Default 256.")
     parser.add_argument("--batch_size", type=int, default=16, help="Prompts answered together. Default 16.")
     parser.add_argument("--metric", help="file.py:function, a measure of your own.")
     parser.add_argument("--output", help="File for the answers, one JSON object a line.")
-    args = parser.parse_args()
-    console.quiet()
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure the model and print its figures.
+
+    Raises:
+        UserError: the model, the data or the metric cannot be loaded, or there is nothing to measure.
+    """
+    from jinja2 import TemplateError
+
+    from finetune import nf4
+    from recipe.dataset.conversations import Conversations
+    from recipe.dataset.encoding import ChatEncoder
+    from recipe.model import loading
+    from recipe.training import answers
+
+    metric = answers.load_metric(args.metric) if args.metric else None
+    source = Conversations(args.data_path)
+    chosen = [source[i] for i in range(min(args.limit or len(source), len(source)))]
+    quantize = nf4 if args.q_lora else None
+    model, tokenizer = loading.load(args.model_name_or_path, quantize=quantize, **command_line.model_options(args))
     try:
-        metric = load_metric(args.metric) if args.metric else None
-        source = Conversations(args.data_path)
-        chosen = [source[i] for i in range(min(args.limit or len(source), len(source)))]
-        model, tokenizer = load(args.model_name_or_path)
-        numbers, answers, asked = measure(model, tokenizer, chosen, args.max_new_tokens, args.batch_size, metric)
-    except (UserError, ValueError, TemplateError) as error:  # a template that is missing, or refuses a conversation
-        console.fail(error)
+        encoder = ChatEncoder(tokenizer, thinking=args.thinking)
+        found = answers.measure(
+            model, encoder, chosen, args.max_new_tokens, args.batch_size, metric, args.model_max_length
+        )
+    except (ValueError, TemplateError) as error:  # the template is missing, or refuses a conversation
+        raise UserError(f"{args.model_name_or_path}: {error}") from None
+    if len(found.questions) < len(chosen):
+        limit = f", or longer than {args.model_max_length} tokens" if args.model_max_length else ""
+        text = (
+            f"{len(chosen) - len(found.questions)} of {len(chosen)} conversations left out: no assistant turn to answer"
+        )
+        print(text + limit, file=sys.stderr)
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
-            for text, question in zip(answers, asked, strict=True):
+            for text, question in zip(found.answers, found.questions, strict=True):
                 line = {"answer": text, "reference": question.reference}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(json.dumps(numbers))
+    print(json.dumps(found.figures))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence."""
+    args = parse()
+    console.quiet()
+    try:
+        run(args)
+    except UserError as error:
+        console.fail(error)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,7 @@ from recipe.dataset.collator import Collator
 from recipe.dataset.conversations import Conversations, hold_out, named_paths
 from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import engines, nodes
-from recipe.model import adapter, generation, linear_attention, rope
-from recipe.model.precision import best_dtype, choose_float32, dtype_name, has_bf16
-from recipe.training import checkpoints, curves, start_report
+from recipe.model.precision import best_dtype, dtype_name, has_bf16
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -165,7 +163,6 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.tf32:
                 say("--tf32 is for GPUs and is left out on this CPU.")
                 self.tf32 = None
-            choose_float32()
         best = best_dtype(self.use_cpu)
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
@@ -230,8 +227,8 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 
 from recipe import flag_rules  # noqa: E402
-from recipe.model import attention  # noqa: E402
-from recipe.training import answers  # noqa: E402
+from recipe.model import adapter, attention, generation, loading, precision, rope  # noqa: E402
+from recipe.training import answers, checkpoints, curves, start_report  # noqa: E402
 from recipe.training.trainer import RecipeTrainer  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,146 +323,115 @@ def make_datasets(
 # Model and adapter
 
 
-def load_tokenizer(model_args, training_args):
-    """The model's tokenizer, with --chat_template if given."""
-    tokenizer = _pretrained(transformers.AutoTokenizer, model_args, training_args)
-    if model_args.chat_template:
-        try:
-            with open(model_args.chat_template, encoding="utf-8") as file:
-                tokenizer.chat_template = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--chat_template {model_args.chat_template}: cannot be read: {error}.") from None
-    return tokenizer
+def pretrained(model_args: ModelArguments, training_args: TrainingArguments) -> loading.Pretrained:
+    """Return the model to start from, and how its files are read."""
+    return loading.Pretrained(
+        model_args.model_name_or_path, model_args.trust_remote_code, training_args.cache_dir, model_args.chat_template
+    )
 
 
-def _pretrained(kind, model_args, training_args, **options):
-    try:
-        return kind.from_pretrained(
-            model_args.model_name_or_path,
-            trust_remote_code=model_args.trust_remote_code,
-            cache_dir=training_args.cache_dir,
-            **options,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {reason:.300} Name a folder "
-            "with a model or a model of the hub."
-        ) from None
+def load_config(
+    model_args: ModelArguments, training_args: TrainingArguments, pack_tokens: int | None = None
+) -> transformers.PreTrainedConfig:
+    """Load the model's configuration, its window extended to --model_max_length if --rope_scaling says how.
 
-
-def load_config(model_args, training_args, pack_tokens=None):
-    """The model's configuration, its window stretched to --model_max_length where --rope_scaling says how."""
-    config = _pretrained(transformers.AutoConfig, model_args, training_args)
+    Sets training_args.model_max_length if it is None.
+    """
+    config = pretrained(model_args, training_args).config()
     window = getattr(config.get_text_config(), "max_position_embeddings", 8192)
     if training_args.model_max_length is None:
         training_args.model_max_length = min(pack_tokens or 8192, window)
-    rope.scale(config.get_text_config(), model_args.rope_scaling, training_args.model_max_length)
+    rope.extend_window(config.get_text_config(), model_args.rope_scaling, training_args.model_max_length)
     return config
 
 
-def load_model(config, model_args, training_args, lora_args, compute_dtype):
+def nf4(compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> transformers.BitsAndBytesConfig:
+    """Hold weights as 4-bit NormalFloat with double quantisation, as in QLoRA (arXiv 2305.14314, section 3)."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=storage,
+    )
+
+
+def load_model(
+    config: transformers.PreTrainedConfig,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    lora_args: LoraArguments,
+    compute_dtype: torch.dtype,
+) -> transformers.PreTrainedModel:
     """Load the base model: 4-bit for QLoRA, the computing precision for LoRA, float32 masters for full training.
 
     Raises:
-        UserError: it cannot be loaded, or its files lack some of its weights.
+        UserError: the model cannot be loaded, or its files lack some of its weights.
     """
-    options = {"config": config, "dtype": compute_dtype if training_args.use_lora else torch.float32}
-    chosen = model_args.attn_implementation
-    if chosen == "auto" and training_args.padding_free:
-        chosen = attention.choose(config.get_text_config())
-    if chosen == attention.PACKED:
-        attention.register()
-    if chosen != "auto":
-        options["attn_implementation"] = chosen
+    kernel, options = model_args.attn_implementation, {}
+    sharded = engines.engine_of(training_args).shards_weights
+    if kernel == "auto" and training_args.padding_free:
+        kernel = attention.choose(config.get_text_config())
     if lora_args.q_lora:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-            # Engines that shard can do so with numbers of the precision that they compute in, and with no bytes.
-            bnb_4bit_quant_storage=compute_dtype if engines.engine_of(training_args).shards_weights else torch.uint8,
-        )
-    if not engines.engine_of(training_args).shards_weights and (lora_args.q_lora or training_args.device.type != "cpu"):
+        # Engines that shard can do so with numbers of the precision that they compute in, and not with bytes.
+        storage = compute_dtype if sharded else torch.uint8
+        options["quantization_config"] = nf4(compute_dtype, storage)
+    if not sharded and (lora_args.q_lora or training_args.device.type != "cpu"):
         options["device_map"] = {"": training_args.device}
-    model, report = _pretrained(
-        transformers.AutoModelForCausalLM, model_args, training_args, output_loading_info=True, **options
-    )
-    if report["missing_keys"]:
-        raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path}: its files lack {len(report['missing_keys'])} "
-            f"weights, the first is {sorted(report['missing_keys'])[0]}; download it again."
-        )
-    for module in model.modules():
-        # bitsandbytes would turn 4-bit weights into a layout for CPU inference at the first evaluation: rounded once
-        # more, and without a gradient when training goes on.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    linear_attention.keep_documents_apart(model)
-    generation.mend(model.generation_config)
+    dtype = compute_dtype if training_args.use_lora else torch.float32
+    model = pretrained(model_args, training_args).model(config, dtype, kernel, **options)
     engines.adapt_model(model, training_args)
     return model
 
 
-def add_adapter(model, training_args, lora_args):
-    """Wrap the model with a new LoRA adapter, or with the one to continue from. Adapter weights are float32."""
+def add_adapter(
+    model: transformers.PreTrainedModel, training_args: TrainingArguments, lora_args: LoraArguments
+) -> torch.nn.Module:
+    """Put a new LoRA adapter on the model, or the one to continue from. All that is trained becomes float32.
+
+    Raises:
+        UserError: the adapter does not fit the model, or peft refuses the combination of flags.
+    """
     import peft
 
-    if lora_args.q_lora:
-        for parameter in model.parameters():  # peft's own preparation would copy the embeddings to float32
-            parameter.requires_grad_(False)
-    try:
-        if lora_args.lora_weight_path:
-            adapted = peft.PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True)
-            return _without_copies(_float32(adapted), training_args)
+    if lora_args.lora_weight_path:
+        adapted = loading.load_adapter(model, lora_args.lora_weight_path, is_trainable=True)
+    else:
         start = lora_args.init_lora_weights
-        adapted = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora_args.lora_r,
-                lora_alpha=lora_args.lora_alpha,
-                lora_dropout=lora_args.lora_dropout,
-                target_modules=lora_args.lora_target_modules or adapter.default_targets(model),
-                bias=lora_args.lora_bias,
-                use_rslora=lora_args.use_rslora,
-                use_dora=lora_args.use_dora,
-                modules_to_save=lora_args.modules_to_save,
-                init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
-                trainable_token_indices=lora_args.trainable_token_indices,
-            ),
-        )
-        return _without_copies(_float32(adapted), training_args)
-    except (ValueError, TypeError, OSError) as error:
-        linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-        raise UserError(
-            f"no adapter: {' '.join(str(error).split()):.300} Linear layers are {sorted(linear)}."
-        ) from None
+        whole = list(lora_args.modules_to_save or [])  # a copy, as peft changes it
+        with adapter.errors(model):
+            adapted = peft.get_peft_model(
+                model,
+                peft.LoraConfig(
+                    task_type="CAUSAL_LM",
+                    r=lora_args.lora_r,
+                    lora_alpha=lora_args.lora_alpha,
+                    lora_dropout=lora_args.lora_dropout,
+                    target_modules=adapter.targets(model, lora_args.lora_target_modules),
+                    bias=lora_args.lora_bias,
+                    use_rslora=lora_args.use_rslora,
+                    use_dora=lora_args.use_dora,
+                    modules_to_save=whole or None,
+                    # Else a head that shares its weight with the embeddings would be trained apart from them.
+                    ensure_weight_tying=adapter.have_shared_weight(model, whole),
+                    init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
+                    trainable_token_indices=lora_args.trainable_token_indices,
+                ),
+            )
+    precision.trainable_to_float32(adapted)
+    if (training_args.bf16 or training_args.fp16) and not training_args.deepspeed:  # these compute under autocast
+        precision.keep_input_dtype(adapted)
+    return adapted
 
 
-def _without_copies(model, training_args):
-    """Under autocast let adapters take their input as it is: peft would first copy all of it to float32."""
-    autocast = (training_args.bf16 or training_args.fp16) and not training_args.deepspeed
-    for module in model.modules():
-        if autocast and hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
-    return model
+def compile_layers(model: torch.nn.Module, training_args: TrainingArguments) -> None:
+    """Compile each decoder layer, for --torch_compile: the layers share one graph and their weights keep their names.
 
-
-def _float32(model):
-    """Also biases and whole layers that are trained: half-precision weights lose small updates."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def compile_layers(model, training_args):
-    """For --torch_compile: each layer by itself, so that all share one graph and weights keep their names."""
+    Clears training_args.torch_compile_backend, so that accelerate does not compile the whole model again.
+    """
     backend, training_args.torch_compile_backend = training_args.torch_compile_backend, None
-    for module in model.modules():  # accelerate, told of no backend, leaves the whole as it is
-        if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a layer
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # the base class of transformers' layers
             module.compile(backend=backend, mode=training_args.torch_compile_mode)
 
 
@@ -503,8 +469,10 @@ def train(argv=None):
 
 def run(model_args, data_args, training_args, lora_args):
     """The whole training of these arguments."""
+    if training_args.device.type == "cpu":
+        precision.choose_float32()
     transformers.set_seed(training_args.seed)
-    tokenizer = load_tokenizer(model_args, training_args)
+    tokenizer = pretrained(model_args, training_args).tokenizer()
     try:
         encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking)
     except ValueError as error:

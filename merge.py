@@ -55,7 +55,7 @@ def merge(adapter, output, dtype=torch.bfloat16):
                 f"rounding to {dtype_name(dtype)} changes the logits by {difference:.1e}; --dtype float32 keeps them."
             )
     model.config.use_cache = True
-    generation.mend(model.generation_config)
+    generation.drop_sampling_settings(model.generation_config)
     model.to(dtype).save_pretrained(output)
     tokenizer.save_pretrained(output)
     if os.path.exists(os.path.join(adapter, "generation_config.json")):

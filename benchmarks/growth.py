@@ -84,7 +84,7 @@ def steps(work, shapes):
     )
     model.requires_grad_(False)
     model.enable_input_require_grads()
-    head = loss.attach(model)
+    head = loss.fuse_loss_into_head(model)
     for lengths in shapes:
         ids = torch.randint(1000, 40_000, (sum(lengths),)).tolist()
         documents = [[{"input_ids": ids[:n], "labels": [-100] * (n // 2) + ids[n // 2 : n]}] for n in lengths]

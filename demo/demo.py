@@ -51,6 +51,7 @@ def run(stage, seconds):
     import finetune
     from merge import merge
     from recipe.dataset.conversations import Conversations
+    from recipe.dataset.encoding import ChatEncoder
     from recipe.training import answers  # imports torch: after the download, which does not need it
 
     transformers.utils.logging.disable_progress_bar()
@@ -58,7 +59,8 @@ def run(stage, seconds):
     held_out = [source[i] for i in range(len(source))]
 
     def measure(folder):
-        return answers.measure(*loading.load(folder), held_out, max_new_tokens=56, batch_size=60)
+        model, tokenizer = loading.load(folder)
+        return answers.measure(model, ChatEncoder(tokenizer), held_out, max_new_tokens=56, batch_size=60)
 
     before, answers_before, asked = stage("measure before", measure, model)
     argv = ["--model_name_or_path", model, *(word for pair in TRAINING.items() for word in pair)]

@@ -13,6 +13,7 @@ import inspect
 import json
 import re
 import typing
+from collections.abc import Sequence
 
 from recipe.console import UserError
 
@@ -263,3 +264,29 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         told = re.search("default|required", action.help, re.IGNORECASE)
         return action.help if told else super()._get_help_string(action)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, thinking: Sequence[str]) -> None:
+    """Add the flags of a tool that uses a trained model; they mean what they mean in training.
+
+    Args:
+        parser: the tool's parser.
+        thinking: the values of --thinking, the default first.
+    """
+    from transformers.hf_argparser import string_to_bool
+
+    switch = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
+    parser.add_argument("--model_name_or_path", required=True, help="Model folder, adapter folder or hub name.")
+    parser.add_argument("--base", help="Base model of the adapter. Default: the one that the adapter names.")
+    parser.add_argument("--q_lora", **switch, help="Hold the base model in 4 bits (NF4). Default False.")
+    parser.add_argument("--chat_template", help="Jinja file to use instead of the model's own chat template.")
+    parser.add_argument(
+        "--thinking", choices=thinking, default=thinking[0], help=f"As in training. Default {thinking[0]}."
+    )
+    parser.add_argument("--trust_remote_code", **switch, help="Run code that comes with the model. Default False.")
+    parser.add_argument("--cache_dir", help="Folder for downloaded models. Default: the hub's own.")
+
+
+def model_options(args: argparse.Namespace) -> dict:
+    """Return what `recipe.model.loading.load` takes of the flags of `add_model_flags`."""
+    return {name: getattr(args, name) for name in ("base", "chat_template", "trust_remote_code", "cache_dir")}

@@ -1,20 +1,48 @@
-"""Which layers of a model an adapter changes unless they are named."""
+"""Which layers of a model an adapter changes, and what may be wrong with the choice."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from recipe.console import UserError
+from recipe.model.loading import one_line
 
 # Layers that give one number for each head or expert: routers, and how fast the state of a gated delta net decays. An
 # adapter of the usual rank would have more weights than such a layer itself.
 GATES = {"in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "shared_expert_gate", "router", "gate"}
 
 
+def targets(model: PreTrainedModel, names: list[str] | None) -> str | list[str]:
+    """Return the layers that an adapter changes, as `target_modules` of peft's LoraConfig takes them.
+
+    Layers outside the text part of a model, as in a vision tower, are left out: training on text never computes them.
+
+    Args:
+        model: the model without an adapter.
+        names: ends of the names of layers, such as "q_proj"; None means the default.
+
+    Raises:
+        ValueError: no layer of the text part has such a name.
+    """
+    if not names:
+        return default_targets(model)
+    named = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{end}") for end in names)]
+    parts = {*_text_part(model), id(model.get_output_embeddings())}
+    chosen = [name for name in named if id(model.get_submodule(name)) in parts]
+    if named and not chosen:
+        raise ValueError(f"target modules {names} are outside the text part of the model.")
+    return names if chosen == named else chosen
+
+
 def default_targets(model: PreTrainedModel) -> str | list[str]:
-    """Return every linear layer except gates and the output head, as `target_modules` of peft's LoraConfig takes them."""
-    if not gates(model):
-        return "all-linear"
+    """Return every linear layer of the text part except gates and the output head, or "all-linear" if these are all."""
     left_out = {id(model.get_output_embeddings())} | {id(module) for module in gates(model).values()}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return [name for name, module in linear.items() if id(module) not in left_out]
+    inside = _text_part(model)
+    chosen = [name for name, module in linear.items() if id(module) in inside - left_out]
+    return "all-linear" if len(chosen) == len(linear) - 1 else chosen
 
 
 def gates(model: nn.Module) -> dict[str, nn.Linear]:
@@ -24,3 +52,25 @@ def gates(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and GATES & set(name.split("."))
     }
+
+
+def _text_part(model):
+    return {id(module) for module in model.get_decoder().modules()}
+
+
+def have_shared_weight(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Return True if the model's input embeddings and output head share a weight, and `names` has one of them."""
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    shared = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    return shared and any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names)
+
+
+@contextlib.contextmanager
+def errors(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what peft raises into a UserError that names the model's linear layers."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        raise UserError(f"no adapter: {one_line(error)} Linear layers are {sorted(linear)}.") from None

@@ -1,34 +1,48 @@
-"""Output head and cross entropy in one, a block of positions at a time, with the gradient formed on the way forward.
+"""The training loss: cross entropy summed over the supervised tokens of a micro-batch, without its logits in memory.
 
-The logits of a whole micro-batch never exist: V numbers for each position, in several copies, are what runs out of
-memory first with a vocabulary of 152,000. Forming the gradient at once saves the head's third matrix product as well.
-`attach` puts this into the head's own module, so that engines which gather its weight when it is called do so here,
-once for all blocks, and with the same calls on every rank.
+The output head and the cross entropy are computed together, a block of positions at a time, and the gradient is formed
+in the forward pass (as in Liger Kernel, arXiv 2410.10989). The logits of a whole micro-batch never exist: V numbers for
+each position, in several copies, are what exhausts memory first with a vocabulary of 152,000. It also saves one of the
+head's three matrix products.
+
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) computes the same and is as fast, but returns the loss in
+bfloat16, three digits (benchmarks/RESULTS.md); here it is summed in float32.
 """
 
-import types
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from recipe.console import say
 from recipe.dataset.encoding import IGNORE_INDEX
 
-BLOCK = {"cpu": 256, "cuda": 2048}  # positions at a time: enough for full speed, logits of 0.3 GB and 2.5 GB at most
-ROWS = {"cpu": 32}  # of them whose logits are looked at in float32 at a time, near enough to a CPU's cache
+# Positions whose logits exist at a time: enough for full speed; with a vocabulary of 152,000 they and their copies take
+# at most 0.3 GB on a CPU and 2.5 GB on a GPU.
+BLOCK = {"cpu": 256, "cuda": 2048}
+# Of these, the positions whose softmax is computed at a time: 32 x 152,000 numbers nearly fit into a CPU's cache.
+ROWS = {"cpu": 32}
 
 
 class HeadLoss(torch.autograd.Function):
     """Summed cross entropy of a linear head.
 
     Args:
-        hidden: [N, H]; weight: [V, H]; bias: [V] or None, not trained.
-        targets: int64 [N], IGNORE_INDEX where there is nothing to learn.
+        hidden: [N, H].
+        weight: [V, H].
+        bias: [V], not trained, or None.
+        targets: int64 [N], IGNORE_INDEX where nothing is learned.
         smoothing: share of each target that is spread over the whole vocabulary.
+
     Returns:
-        float32 scalar. Matrix products run in the precision of autocast, or of `hidden`; all else in float32.
+        float32 scalar. Matrix products run in the precision of autocast, or else of `hidden`; all else in float32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, smoothing):
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float) -> Tensor:
+        """Compute the loss, and keep its gradients for `backward`."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         head = weight.to(dtype)
@@ -36,16 +50,16 @@ class HeadLoss(torch.autograd.Function):
         wanted_hidden, wanted_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wanted_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted_weight else None
-        block = max(1, min(len(hidden), BLOCK.get(kind, 2048)))
-        memory = hidden.new_empty((block, len(head)), dtype=dtype)  # fresh pages for each block would take longer
+        block = max(1, min(len(hidden), BLOCK.get(kind, BLOCK["cuda"])))
+        memory = hidden.new_empty((block, len(head)), dtype=dtype)  # allocating it for each block would take longer
         for start in range(0, len(hidden), block):
-            states, wanted = hidden[start : start + block].to(dtype), targets[start : start + block]
+            states, block_targets = hidden[start : start + block].to(dtype), targets[start : start + block]
             logits = torch.mm(states, head.T, out=memory[: len(states)])
             if bias is not None:
                 logits += bias.to(dtype)
             rows = ROWS.get(kind, block)
-            for part, its_targets in zip(logits.split(rows), wanted.split(rows), strict=True):
-                total += _loss_and_gradient(part, its_targets, smoothing)
+            for part, part_targets in zip(logits.split(rows), block_targets.split(rows), strict=True):
+                total += _replace_by_gradient(part, part_targets, smoothing)
             if wanted_hidden:
                 grad_hidden[start : start + block] = logits @ head
             if wanted_weight:
@@ -55,24 +69,25 @@ class HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients of `hidden` and `weight` by that of the loss."""
         hidden, weight = ctx.saved_tensors
         hidden = None if hidden is None else hidden * grad.to(hidden.dtype)
         weight = None if weight is None else (weight * grad).to(ctx.dtype)
         return hidden, weight, None, None, None
 
 
-def _loss_and_gradient(logits, targets, smoothing):
-    """Summed loss of logits [N, V], which turn into its gradient."""
+def _replace_by_gradient(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Return the summed loss of `logits` [N, V], and overwrite them with its gradient."""
     kept = (targets != IGNORE_INDEX).float()
     index = targets.clamp(min=0)[:, None]
-    exact = logits.float()  # the logits themselves, where they are float32
-    wanted = exact.gather(1, index)[:, 0]
+    exact = logits.float()  # the logits themselves if they are float32
+    of_targets = exact.gather(1, index)[:, 0]
     mean = exact.mean(1) if smoothing else 0.0
     largest = exact.amax(1)
     powers = exact.sub_(largest[:, None]).exp_()
     sums = powers.sum(1)
-    loss = largest + sums.log() - (1 - smoothing) * wanted - smoothing * mean
+    loss = largest + sums.log() - (1 - smoothing) * of_targets - smoothing * mean
     powers.scatter_add_(1, index, (smoothing - 1) * sums[:, None])
     if smoothing:
         powers -= smoothing / powers.shape[1] * sums[:, None]
@@ -80,52 +95,87 @@ def _loss_and_gradient(logits, targets, smoothing):
     return (loss * kept).sum()
 
 
-def attach(model):
-    """Teach the model's head to return the loss of the targets that it is given, in place of logits.
+class FusedHead:
+    """The output head of a model, which computes the loss in its own forward while `computes_loss` is open.
 
-    Returns:
-        The head, or None where it is no plain linear layer or the model changes its logits afterwards.
+    The loss is computed inside the head's module because engines that hold weights in parts gather the head's weight
+    when its module is called: once for all blocks, and equally often on every rank.
     """
+
+    def __init__(self, head: nn.Linear):
+        self.head, self.targets, self.smoothing = head, None, 0.0
+        self.is_last: bool | None = None  # whether the head's output leaves the model unchanged; not yet known
+        head.forward = self._forward
+
+    @contextlib.contextmanager
+    def computes_loss(self, targets: Tensor, smoothing: float) -> Iterator[None]:
+        """Let the head return, in place of logits, the summed loss of `targets`, int64 [N], and the number 1.
+
+        Both are one tensor [1, 1, 2], with which the model does what it does with logits.
+        """
+        self.targets, self.smoothing = targets, smoothing
+        try:
+            yield
+        finally:
+            self.targets = None
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        if self.targets is None:
+            return nn.functional.linear(hidden, self.head.weight, self.head.bias)
+        loss = HeadLoss.apply(hidden.flatten(0, -2), self.head.weight, self.head.bias, self.targets, self.smoothing)
+        return torch.stack([loss, torch.ones_like(loss)])[None, None]
+
+
+def obstacle_to_fusing(model: PreTrainedModel) -> str | None:
+    """Return why the loss cannot be computed in the model's output head, or None if it can."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    changes = [getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
-    if type(head) is not torch.nn.Linear or any(value not in (None, 1.0) for value in changes):
-        return None
+    if type(head) is not nn.Linear:
+        return f"its output head is of the type {type(head).__name__}"
     if head.bias is not None and head.bias.requires_grad:
-        return None
-    head.targets, head.smoothing = None, 0.0
-    head.forward = types.MethodType(_forward, head)
-    return head
+        return "the bias of its output head is trained"
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            return f"it changes its logits ({name})"
+    return None
 
 
-def _forward(head, hidden):
-    if head.targets is None:
-        return torch.nn.functional.linear(hidden, head.weight, head.bias)
-    targets = head.targets.flatten()
-    states = hidden.flatten(0, -2)
-    return HeadLoss.apply(states, head.weight, head.bias, targets, head.smoothing)[None, None, None]
+def fuse_loss_into_head(model: PreTrainedModel) -> FusedHead | None:
+    """Let the model's output head compute the loss; None if there is an obstacle (see `obstacle_to_fusing`)."""
+    return FusedHead(model.get_output_embeddings()) if obstacle_to_fusing(model) is None else None
 
 
-def supervised_loss(model, batch, label_smoothing=0.0, head=None):
-    """Cross entropy of one micro-batch from `Collator`.
+def supervised_loss(
+    model: nn.Module, batch: Mapping, label_smoothing: float = 0.0, head: FusedHead | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute the cross entropy of one micro-batch from `Collator`.
 
-    The output head sees only `logits_to_keep`, and the loss is computed in float32.
+    Position t predicts the token at t + 1: `shift_labels` holds it at t. The output head computes only the positions
+    `logits_to_keep`. The loss is float32.
+
     Args:
+        model: the model, wrapped by its engine or not.
+        batch: what `Collator` returns.
         label_smoothing: share of each target that is spread over the whole vocabulary, 0 to 1.
-        head: the model's, when `head_loss.attach` has taught it the loss; the logits then never exist.
+        head: the model's output head from `fuse_loss_into_head`; None computes whole logits.
+
     Returns:
-        (sum over supervised tokens: float32 scalar with a gradient, their number: int64 scalar).
+        (sum over the supervised tokens, a float32 scalar with a gradient; their number, an int64 scalar).
     """
     batch = {name: value for name, value in batch.items() if name not in ("labels", "padding_tokens")}
     targets = batch.pop("shift_labels")[:, batch["logits_to_keep"]].flatten()
-    # A cache would make transformers treat the row as one document.
-    if head is not None:
-        head.targets, head.smoothing = targets, label_smoothing
-        try:
-            return model(**batch, use_cache=False).logits.squeeze(), (targets != IGNORE_INDEX).sum()
-        finally:
-            head.targets = None
+    count = (targets != IGNORE_INDEX).sum()
+    # With a cache transformers would treat the row as one document.
+    if head is not None and head.is_last is not False:
+        with head.computes_loss(targets, label_smoothing):
+            loss, one = model(**batch, use_cache=False).logits.flatten()
+        if head.is_last is None:
+            head.is_last = bool(one == 1)
+            if not head.is_last:
+                say("this model changes its logits after the output head: the loss is computed from whole logits.")
+        if head.is_last:
+            return loss, count
     logits = model(**batch, use_cache=False).logits.flatten(0, 1).float()
-    total = torch.nn.functional.cross_entropy(
+    loss = nn.functional.cross_entropy(
         logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
     )
-    return total, (targets != IGNORE_INDEX).sum()
+    return loss, count

@@ -2,20 +2,29 @@
 
 import math
 
+from transformers import PreTrainedConfig
+
 from recipe.console import UserError, say
 
+KINDS = ("yarn", "linear", "dynamic")
+ORIGINAL = "original_max_position_embeddings"  # transformers' name for the window before it was extended
 
-def scale(config, kind, length):
-    """Change a model's configuration so that positions up to `length` lie in its window.
+
+def extend_window(config: PreTrainedConfig, kind: str | None, length: int) -> None:
+    """Change a text configuration in place so that positions up to `length` lie in its window.
 
     Args:
-        config: text configuration; changed in place.
-        kind: yarn (arXiv 2309.00071), linear, dynamic, or None: refuse a `length` beyond the window.
+        config: the text configuration of a model.
+        kind: "yarn" (arXiv 2309.00071), "linear" (arXiv 2306.15595), "dynamic", or None to refuse a `length` beyond
+            the window.
+        length: number of positions, in tokens.
+
     Raises:
-        UserError: `kind` is unknown, or None and needed.
+        UserError: `kind` is unknown, or None although `length` exceeds the window; or the model has no rotary
+            positions, or they are scaled in another way already.
     """
     window = getattr(config, "max_position_embeddings", length)
-    if kind not in (None, "yarn", "linear", "dynamic"):
+    if kind not in (None, *KINDS):
         raise UserError(f"--rope_scaling {kind!r}: expected yarn, linear or dynamic.")
     if length <= window:
         return
@@ -24,13 +33,26 @@ def scale(config, kind, length):
             f"--model_max_length {length} exceeds the model's window of {window} positions; lower it or set "
             "--rope_scaling yarn."
         )
-    factor = math.ceil(length / window * 100) / 100
-    config.rope_parameters = {
-        **config.rope_parameters,
-        "rope_type": kind,
-        "factor": factor,
-        "original_max_position_embeddings": window,
-    }
-    if kind != "dynamic":  # dynamic scaling starts beyond the window, which has to stay what it was
+    ropes = _unlimited(config)
+    used = {rope["rope_type"] for rope in ropes} - {"default", kind}
+    if not ropes or used:
+        how = f"are scaled by {used.pop()!r} already" if used else "are not rotary"
+        raise UserError(f"--rope_scaling {kind}: the model's positions {how}; lower --model_max_length to {window}.")
+    for rope in ropes:
+        factor = math.ceil(rope.get("factor", 1.0) * length / window * 100) / 100
+        rope.update({"rope_type": kind, "factor": factor, ORIGINAL: rope.get(ORIGINAL, window)})
+    if kind != "dynamic":  # dynamic scaling begins beyond the window, which must stay as it was
         config.max_position_embeddings = length
     say(f"rope scaling: {kind}, factor {factor}, window {window} -> {length}")
+
+
+def is_extended(config: PreTrainedConfig) -> bool:
+    """Return True if a text configuration has a window that `extend_window`, or its publisher, has extended."""
+    return any(ORIGINAL in rope for rope in _unlimited(config))
+
+
+def _unlimited(config):
+    """The rotary parameters of the layers that see all earlier tokens; layers with a window need no longer one."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = [part for part in rope.values() if isinstance(part, dict)]  # as in Gemma 3
+    return [rope["full_attention"]] if by_kind else [rope] if rope else []

@@ -1,39 +1,62 @@
-"""Measure a model on held-out conversations as a user would judge it: by its answers, and by its loss.
+"""Judge a model as a user would: by its answers to held-out prompts, and by its loss on the held-out answers."""
 
-    python evaluate.py --model_name_or_path output/demo --data_path data/validation.jsonl
-
-The model is asked for the last assistant turn of every conversation, given everything before it; it answers greedily
-and stops at its stop token. Prints and, with --output, writes the answers and three numbers: exact_match and valid_json
-(0 to 1) and eval_loss (mean over supervised tokens). `--metric file.py:function` adds `function(answer, reference,
-messages) -> float`.
-"""
-
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.console import UserError
 from recipe.dataset.collator import Collator
-from recipe.dataset.encoding import ChatEncoder, supervised_runs
+from recipe.dataset.conversations import Conversation, Message
+from recipe.dataset.encoding import ChatEncoder, Document, supervised_runs
 from recipe.model.loss import supervised_loss
 from recipe.training import checks
 
+Metric = Callable[[str, str, list[Message]], float]  # (answer, reference, messages of the prompt) -> number
+FIGURES = ("loss", "exact_match", "valid_json")  # names that a user's metric cannot have
+
 
 class Question(NamedTuple):
-    """A prompt in tokens, the answer that the data gives, as ids and as text, and the messages before it."""
+    """A prompt and the answer that the data gives to it.
 
-    prompt_ids: list
-    reference_ids: list
+    Attributes:
+        prompt_ids: token ids up to and including the header of the assistant turn.
+        reference_ids: token ids of the answer, with its stop token.
+        reference: the answer as text, without its stop token.
+        messages: the messages before the answer.
+    """
+
+    prompt_ids: list[int]
+    reference_ids: list[int]
     reference: str
-    messages: list
+    messages: list[Message]
 
 
-def questions(conversations, encoder, max_length=None):
-    """One Question for the last assistant turn of each conversation; those without one, or too long, are left out."""
+class Measured(NamedTuple):
+    """What `measure` found.
+
+    Attributes:
+        figures: mean over the questions of exact_match, valid_json and the user's metric; and eval_loss.
+        answers: the model's answers as text, one for each question.
+        questions: the prompts.
+    """
+
+    figures: dict[str, float]
+    answers: list[str]
+    questions: list[Question]
+
+
+def questions(conversations: Sequence[Conversation], encoder: ChatEncoder, max_length: int | None = None) -> list[Question]:
+    """Make one Question of the last assistant turn of each conversation.
+
+    Conversations without one are left out, and those with more than `max_length` tokens.
+    """
     last_turn = dataclasses.replace(encoder, train_on="last_turn")
     result = []
     for conversation, encoded in zip(conversations, last_turn.encode_batch(conversations), strict=True):
@@ -47,66 +70,86 @@ def questions(conversations, encoder, max_length=None):
     return result
 
 
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode; afterwards it is as before, whatever happened."""
+    training = model.training
+    # The last position of each prompt is a strided view; for each of its rows torch would copy a frozen head.
+    copied = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
+    try:
+        model.eval()
+        yield
+    finally:
+        copied.remove()
+        model.train(training)
+
+
 @torch.no_grad()
-def answer(model, tokenizer, asked, stop_id, max_new_tokens=256, batch_size=16):
-    """Greedy answers, as text without the stop token, to a list of Questions.
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    stop_id: int,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+) -> list[str]:
+    """Return greedy answers to Questions, as text without the stop token.
 
     Prompts of similar length share a batch, padded on the left and masked.
     """
-    training, cache = model.training, model.config.use_cache
-    model.eval()
-    model.config.use_cache = True
     prompt_ids = [question.prompt_ids for question in asked]
-    answers = [None] * len(asked)
+    answers = [""] * len(asked)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    # The last position of each prompt is a strided view, for each row of which torch would copy a frozen head.
-    whole = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: inputs[0].contiguous())
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = max(len(prompt_ids[i]) for i in chosen)
-        ids = torch.tensor([[stop_id] * (width - len(prompt_ids[i])) + prompt_ids[i] for i in chosen])
-        mask = torch.tensor([[0] * (width - len(prompt_ids[i])) + [1] * len(prompt_ids[i]) for i in chosen])
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None, top_p=None, top_k=None,  # a model's own sampling settings have no meaning here
-            eos_token_id=stop_id,
-            pad_token_id=stop_id,
-        )  # fmt: skip
-        for i, new in zip(chosen, output[:, width:].tolist()):
-            new = new[: new.index(stop_id)] if stop_id in new else new
-            answers[i] = tokenizer.decode(new, clean_up_tokenization_spaces=False)
-    whole.remove()
-    model.config.use_cache = cache
-    model.train(training)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = max(len(prompt_ids[i]) for i in chosen)
+            ids = torch.tensor([[stop_id] * (width - len(prompt_ids[i])) + prompt_ids[i] for i in chosen])
+            mask = torch.tensor([[0] * (width - len(prompt_ids[i])) + [1] * len(prompt_ids[i]) for i in chosen])
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                use_cache=True,
+                do_sample=False,
+                temperature=None, top_p=None, top_k=None,  # the model's own sampling settings do not apply
+                eos_token_id=stop_id,
+                pad_token_id=stop_id,
+            )  # fmt: skip
+            for i, new in zip(chosen, output[:, width:].tolist(), strict=True):
+                new = new[: new.index(stop_id)] if stop_id in new else new
+                answers[i] = tokenizer.decode(new, clean_up_tokenization_spaces=False)
     return answers
 
 
 @torch.no_grad()
-def mean_loss(model, rows, batch_size=8, collator=None):
-    """Mean cross entropy over the supervised tokens of `rows` (lists of documents), whatever the batch size."""
-    model.eval()
-    collator = collator or Collator(checks.packing_fault(model, Collator()) is None)
+def mean_loss(model: PreTrainedModel, rows: Sequence[list[Document]], batch_size: int = 8) -> float:
+    """Return the mean cross entropy over the supervised tokens of `rows` (lists of documents)."""
     total, count = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = collator(rows[start : start + batch_size])
-        moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        loss, supervised = supervised_loss(model, moved)
-        total, count = total + loss.item(), count + supervised.item()
+    with _evaluating(model):
+        collator = Collator(checks.packing_fault(model, Collator()) is None)
+        for start in range(0, len(rows), batch_size):
+            batch = collator(rows[start : start + batch_size])
+            moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+            loss, supervised = supervised_loss(model, moved)
+            total, count = total + loss.item(), count + supervised.item()
     return total / count
 
 
-def is_json(text):
+def is_json(text: str) -> bool:
+    """Return True if the text is a JSON object or a JSON list."""
     try:
         return isinstance(json.loads(text), (dict, list))
     except ValueError:
         return False
 
 
-def load_metric(name):
-    """The function behind `file.py:function`."""
+def load_metric(name: str) -> Metric:
+    """Load the function that `file.py:function` names.
+
+    Raises:
+        UserError: there is no such file or function, the file cannot be run, or the name is that of another figure.
+    """
     path, _, function = name.partition(":")
     if not function or not os.path.exists(path) or not path.endswith(".py"):
         raise UserError(f"--metric {name!r}: expected an existing file and a function in it, as in metric.py:score.")
@@ -116,38 +159,59 @@ def load_metric(name):
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"--metric {name!r}: {path} cannot be run: {type(error).__name__}: {error}.") from None
-    if function in ("loss", "exact_match", "valid_json"):
+    if function in FIGURES:
         raise UserError(f"--metric {name!r}: {function!r} is the name of a figure that is there; rename the function.")
     if not callable(getattr(module, function, None)):
         raise UserError(f"--metric {name!r}: {path} has no function {function!r}.")
     return getattr(module, function)
 
 
-def scores(text, question, metric=None):
-    """How good one answer is: exact_match and valid_json, 0 or 1, and `metric` under its name where one is given."""
+def scores(text: str, question: Question, metric: Metric | None = None) -> dict[str, float]:
+    """Score one answer: exact_match and valid_json, 0 or 1, and `metric` under its own name.
+
+    A metric that raises an error counts as NaN, and the error is printed: one answer must not end a run of hours.
+    """
     result = {"exact_match": float(text.strip() == question.reference.strip()), "valid_json": float(is_json(text))}
     if metric:
         try:
             result[metric.__name__] = float(metric(text, question.reference, question.messages))
-        except Exception as error:  # one odd answer must not end a run of hours
+        except Exception as error:
             print(f"--metric {metric.__name__}: {type(error).__name__}: {error} on the answer {text!r:.200}")
             result[metric.__name__] = float("nan")
     return result
 
 
-def measure(model, tokenizer, conversations, max_new_tokens=256, batch_size=16, metric=None):
-    """All measures of a model on a list of conversations.
+def mean_scores(each: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of every score over the answers."""
+    each = list(each)
+    return {name: sum(score[name] for score in each) / len(each) for name in each[0]}
 
-    Returns:
-        (dict of means, list of answers, list of Questions).
+
+def measure(
+    model: PreTrainedModel,
+    encoder: ChatEncoder,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    metric: Metric | None = None,
+    max_length: int | None = None,
+) -> Measured:
+    """Answer the last turn of each conversation and compute the loss of all its turns.
+
+    Args:
+        encoder: encodes for the model's tokenizer, in the mode that the model was trained in.
+        max_length: leave out conversations with a longer document, in tokens.
+
+    Raises:
+        UserError: no conversation has an assistant turn to answer.
     """
-    encoder = ChatEncoder(tokenizer)
-    asked = questions(conversations, encoder)
+    asked = questions(conversations, encoder, max_length)
     if not asked:
-        raise UserError("no conversation has an assistant turn to be answered.")
-    answers = answer(model, tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size)
-    each = [scores(text, question, metric) for text, question in zip(answers, asked, strict=True)]
-    numbers = {name: sum(score[name] for score in each) / len(each) for name in each[0]}
-    rows = [row.documents for row in encoder.encode_batch(conversations) if row.documents]
-    numbers["eval_loss"] = mean_loss(model, rows)
-    return numbers, answers, asked
+        limit = f" of at most {max_length} tokens" if max_length else ""
+        raise UserError(f"no conversation{limit} has an assistant turn to be answered.")
+    answers = answer(model, encoder.tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size)
+    figures = mean_scores(scores(text, question, metric) for text, question in zip(answers, asked, strict=True))
+    rows = [encoded.documents for encoded in encoder.encode_batch(conversations) if encoded.documents]
+    if max_length:
+        rows = [row for row in rows if max(len(document["input_ids"]) for document in row) <= max_length]
+    return Measured(figures | {"eval_loss": mean_loss(model, rows)}, answers, asked)

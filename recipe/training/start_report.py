@@ -10,7 +10,7 @@ from recipe.console import UserError, say
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
 from recipe.model import adapter, linear_attention
-from recipe.model.loss import BLOCK
+from recipe.model.loss import BLOCK, obstacle_to_fusing
 from recipe.model.precision import dtype_name
 from recipe.training import memory
 from recipe.training.memory import GB, free_disk, free_memory
@@ -33,6 +33,8 @@ def describe(trainer, compute_dtype, lora_args):
         facts["linear attention"] = linear
     if trainer.args.world_size > 1:
         facts["engine"] = f"{engines.engine_of(trainer.args).label}, {trainer.args.world_size} processes"
+    if trainer.head is None:
+        facts["loss"] = f"from whole logits, which takes more memory: {obstacle_to_fusing(model)}"
     for name, dataset in (trainer.eval_dataset or {}).items():
         facts[f"evaluation rows ({name})"] = report.rows(dataset)
     facts["steps"] = _steps(trainer)

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from recipe.console import UserError
 from recipe.dataset import packing
 from recipe.distributed import engines, weights
-from recipe.model.loss import attach, supervised_loss
+from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks
 from recipe.training.throughput import Throughput
 
@@ -34,7 +34,7 @@ class RecipeTrainer(transformers.Trainer):
         self.model.config.use_cache = use_cache
         # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
         self._bos = self.model.config.bos_token_id, self.model.generation_config.bos_token_id
-        self.head = attach(self.model)
+        self.head = fuse_loss_into_head(self.model)
         self.best_loss = math.inf
         self._eval_sums = self._file_sums = None
         self.questions, self.metric, self.stop_id = [], None, None  # set for --eval_generate
@@ -146,7 +146,7 @@ class RecipeTrainer(transformers.Trainer):
         with self.accelerator.autocast():
             texts = answers.answer(model, self.processing_class, mine, self.stop_id, 2 * longest + 16)
         scores = gather_object([answers.scores(*pair, self.metric) for pair in zip(texts, mine, strict=True)])
-        return {f"eval_{name}": sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+        return {f"eval_{name}": value for name, value in answers.mean_scores(scores).items()}
 
     def remember_best(self):
         """Take up the best loss of the run that is resumed, so that `best` is replaced by something better only."""

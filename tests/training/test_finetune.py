@@ -143,10 +143,11 @@ def test_what_is_asked_of_peft_reaches_peft(tiny_model, rows, tmp_path):
     options += " --init_lora_weights gaussian --lora_target_modules q_proj v_proj --lora_bias none"
     finetune.train(argv(tiny_model, rows, tmp_path / "out", *options.split()))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    expected = dict(r=8, lora_alpha=32, lora_dropout=0.1, use_rslora=True, use_dora=True, modules_to_save=["lm_head"],
+    expected = dict(r=8, lora_alpha=32, lora_dropout=0.1, use_rslora=True, use_dora=True, ensure_weight_tying=True,
                     init_lora_weights="gaussian", bias="none", base_model_name_or_path=str(tiny_model))  # fmt: skip
     assert {key: config[key] for key in expected} == expected
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
 def test_stop_token_embeddings_can_be_trained_beside_the_adapter(tiny_model, rows, tmp_path):

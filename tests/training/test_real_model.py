@@ -142,7 +142,7 @@ def test_evaluation_by_generation_reports_exact_answers_and_a_users_own_metric(m
     metric.write_text(
         "def shouted(answer, reference, messages):\n    return answer.isupper() and 'Cap' in messages[-1]['content']\n"
     )
-    command = [sys.executable, "evaluate.py", "--model_name_or_path", out, "--data_path", data, "--limit", "6",
+    command = [sys.executable, "eval.py", "--model_name_or_path", out, "--data_path", data, "--limit", "6",
                "--metric", f"{metric}:shouted", "--output", tmp_path / "answers.jsonl"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     numbers = json.loads(done.stdout.splitlines()[-1])
@@ -179,7 +179,7 @@ def test_chat_answers_in_the_terminal(memorised):
 
 
 def test_chat_and_evaluate_name_a_model_that_is_not_there():
-    for command in (["chat.py"], ["evaluate.py", "--data_path", "data/validation.jsonl"]):
+    for command in (["chat.py"], ["eval.py", "--data_path", "data/validation.jsonl"]):
         words = [sys.executable, *command, "--model_name_or_path", "no/such/model/here"]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "cannot be loaded" in done.stderr and "Traceback" not in done.stderr
