@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from helpers import ROOT, ROWS, argv, write
 from safetensors.torch import load_file, save_file
 
 import finetune
+from helpers import ROOT, ROWS, argv, write
 from recipe.console import UserError
 from recipe.model import loading, rope
 

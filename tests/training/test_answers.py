@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import ROWS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers import ROWS
 from recipe.console import UserError
 from recipe.dataset.encoding import ChatEncoder
 from recipe.training import answers
