@@ -38,11 +38,11 @@ def targets(model: PreTrainedModel, names: list[str] | None) -> str | list[str]:
 
 def default_targets(model: PreTrainedModel) -> str | list[str]:
     """Return every linear layer of the text part except gates and the output head, or "all-linear" if these are all."""
-    left_out = {id(model.get_output_embeddings())} | {id(module) for module in gates(model).values()}
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    inside = _text_part(model)
-    chosen = [name for name, module in linear.items() if id(module) in inside - left_out]
-    return "all-linear" if len(chosen) == len(linear) - 1 else chosen
+    head = model.get_output_embeddings()
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
+    inside = _text_part(model) - {id(gate) for gate in gates(model).values()}
+    chosen = [name for name in linear if id(model.get_submodule(name)) in inside]
+    return "all-linear" if chosen == linear else chosen
 
 
 def gates(model: nn.Module) -> dict[str, nn.Linear]:

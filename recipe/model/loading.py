@@ -122,6 +122,7 @@ class Pretrained:
 
 
 def one_line(error: Exception) -> str:
+    """Return what a library raised as one line of at most 300 characters."""
     kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
     return kind + f"{' '.join(str(error).split()):.300}"
 

@@ -10,6 +10,7 @@ from recipe.console import UserError, say
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
 from recipe.model import adapter, linear_attention
+from recipe.model.loading import outside_decoder
 from recipe.model.loss import BLOCK, obstacle_to_fusing
 from recipe.model.precision import dtype_name
 from recipe.training import memory
@@ -64,6 +65,9 @@ def _trained(model, args, lora_args):
         if gates:
             kind += f" (not on the gates {', '.join(sorted(gates))}, which --lora_target_modules can name)"
         kind += ", base in 4 bits (NF4)" * lora_args.q_lora
+    base = model.get_base_model() if args.use_lora else model
+    if outside_decoder(base):
+        kind += "; text only: images are left as they are"
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
 
 

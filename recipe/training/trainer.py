@@ -16,6 +16,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from recipe.console import UserError
 from recipe.dataset import packing
 from recipe.distributed import engines, weights
+from recipe.model import rope
+from recipe.model.base_files import BaseFiles
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks
 from recipe.training.throughput import Throughput
@@ -27,13 +29,17 @@ class RecipeTrainer(transformers.Trainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by the supervised tokens of the whole optimizer step
 
     def __init__(self, model, **kwargs):
-        use_cache = model.config.use_cache
+        config = model.config.get_text_config()
+        use_cache = config.use_cache
+        # Of the settings that transformers sets while it trains, those that the configuration has not. That of a vision
+        # checkpoint has them in its part for text.
+        self._absent = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"} - vars(model.config).keys()
         super().__init__(model, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count those tokens, over all ranks
         # The Trainer has switched the cache off in the config that gets saved; `supervised_loss` does so in each call.
-        self.model.config.use_cache = use_cache
+        config.use_cache = use_cache
         # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
-        self._bos = self.model.config.bos_token_id, self.model.generation_config.bos_token_id
+        self._bos = config.bos_token_id, self.model.generation_config.bos_token_id
         self.head = fuse_loss_into_head(self.model)
         self.best_loss = math.inf
         self._eval_sums = self._file_sums = None
@@ -169,15 +175,22 @@ class RecipeTrainer(transformers.Trainer):
         output_dir = output_dir or self.args.output_dir
         if engines.engine_of(self.args).deepspeed_stage == 3:
             self.model_wrapped.empty_partition_cache()  # generation may have left weights on their way
-        state = weights.gather_state_dict(self.accelerator.unwrap_model(self.model), self.args.should_save, rows)
-        problem = None
+        model = self.accelerator.unwrap_model(self.model)
+        state = weights.gather_state_dict(model, self.args.should_save, rows)
+        problem = names = None
         if self.args.should_save:
             try:
                 weights.refuse_infinite(state)  # before anything good is written over
+                if not hasattr(model, "peft_config"):
+                    base = BaseFiles(model, self.args.cache_dir)
+                    names = base.names()
+                    state |= base.unchanged() if rows is None else {}
                 self._save(output_dir, state)
+                if names is not None:
+                    base.copy_processor(output_dir)
                 # The first step may have a learning rate of 0, and in fp16 the first ones may be skipped.
                 moved = self.state.global_step > (20 if self.args.fp16 else 1) and self.args.learning_rate > 0
-                checkpoints.verify_saved(output_dir, state, moved)
+                checkpoints.verify_saved(output_dir, state, moved, names=names if rows is None else None)
             except Exception as error:  # told on every rank, see weights.raise_on_all_ranks
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
@@ -196,7 +209,9 @@ class RecipeTrainer(transformers.Trainer):
     def _save(self, output_dir, weights):
         """Weights, tokenizer and generation config, for checkpoints, too; files of another kind of training go."""
         model = self.accelerator.unwrap_model(self.model)
-        model.config.bos_token_id, model.generation_config.bos_token_id = self._bos
+        model.config.get_text_config().bos_token_id, model.generation_config.bos_token_id = self._bos
+        for name in self._absent & vars(model.config).keys():
+            delattr(model.config, name)
         adapter = hasattr(model, "peft_config")
         if os.path.exists(os.path.join(output_dir, "training_args.bin")):  # an earlier run's folder
             stale = ("model*.safetensors*", *["config.json"] * adapter, *["adapter_*"] * (not adapter))
@@ -204,7 +219,7 @@ class RecipeTrainer(transformers.Trainer):
                 os.remove(path)  # else whoever loads the folder would find both and take one
         super()._save(output_dir, weights)
         model.generation_config.save_pretrained(output_dir)
-        if adapter and "original_max_position_embeddings" in (model.config.get_text_config().rope_parameters or {}):
+        if adapter and rope.is_extended(model.config.get_text_config()):
             model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
 
     def _save_checkpoint(self, model, trial):
