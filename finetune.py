@@ -28,7 +28,6 @@ from recipe.dataset.collator import Collator
 from recipe.dataset.conversations import Conversations, hold_out, named_paths
 from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import engines, nodes, weights
-from recipe.model import adapter
 from recipe.model.precision import best_dtype, dtype_name, has_bf16
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,7 +230,8 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 
 from recipe import flag_rules  # noqa: E402
-from recipe.model import attention, generation, loading, precision, rope  # noqa: E402
+from recipe.model import adapter, attention, generation, loading, precision, rope  # noqa: E402
+from recipe.model.base_files import BaseFiles  # noqa: E402
 from recipe.training import answers, checkpoints, curves, start_report  # noqa: E402
 from recipe.training.trainer import RecipeTrainer  # noqa: E402
 
@@ -374,13 +374,14 @@ def load_model(
         UserError: the model cannot be loaded, or its files lack some of its weights.
     """
     kernel, options = model_args.attn_implementation, {}
+    sharded = engines.engine_of(training_args).shards_weights
     if kernel == "auto" and training_args.padding_free:
         kernel = attention.choose(config.get_text_config())
     if lora_args.q_lora:
         # Engines that shard can do so with numbers of the precision that they compute in, and not with bytes.
-        storage = compute_dtype if engines.engine_of(training_args).shards_weights else torch.uint8
+        storage = compute_dtype if sharded else torch.uint8
         options["quantization_config"] = nf4(compute_dtype, storage)
-    if not engines.engine_of(training_args).shards_weights and (lora_args.q_lora or training_args.device.type != "cpu"):
+    if not sharded and (lora_args.q_lora or training_args.device.type != "cpu"):
         options["device_map"] = {"": training_args.device}
     dtype = compute_dtype if training_args.use_lora else torch.float32
     model = pretrained(model_args, training_args).model(config, dtype, kernel, **options)
@@ -403,7 +404,7 @@ def add_adapter(
     else:
         start = lora_args.init_lora_weights
         whole = list(lora_args.modules_to_save or [])  # a copy, as peft changes it
-        with loading.adapter_errors(model):
+        with adapter.errors(model):
             adapted = peft.get_peft_model(
                 model,
                 peft.LoraConfig(
@@ -411,13 +412,13 @@ def add_adapter(
                     r=lora_args.lora_r,
                     lora_alpha=lora_args.lora_alpha,
                     lora_dropout=lora_args.lora_dropout,
-                    target_modules=adapter.lora_targets(model, lora_args.lora_target_modules),
+                    target_modules=adapter.targets(model, lora_args.lora_target_modules),
                     bias=lora_args.lora_bias,
                     use_rslora=lora_args.use_rslora,
                     use_dora=lora_args.use_dora,
                     modules_to_save=whole or None,
                     # Else a head that shares its weight with the embeddings would be trained apart from them.
-                    ensure_weight_tying=loading.have_shared_weight(model, whole),
+                    ensure_weight_tying=adapter.have_shared_weight(model, whole),
                     init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
                     trainable_token_indices=lora_args.trainable_token_indices,
                 ),
@@ -459,12 +460,17 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
         trainer.model_wrapped.empty_partition_cache()  # generation may have left weights gathered
     # ZeRO-3 and FSDP2: each rank holds a part of each tensor, and all take part in putting it together.
     state = weights.gather_state_dict(model, keep=args.should_save, rows=rows)
-    problem = None
+    problem = names = None
     if args.should_save:
         try:
             weights.refuse_infinite(state)  # before anything good is written over
+            if not hasattr(model, "peft_config"):  # a whole model: what was not trained comes out as it went in
+                base = BaseFiles(model, args.cache_dir)
+                names = base.names()
+                state |= base.unchanged() if rows is None else {}
+                base.copy_processor(output_dir)
             trainer._save(output_dir, state_dict=state)
-            checkpoints.verify_saved(output_dir, state, trainer.weights_have_moved())
+            checkpoints.verify_saved(output_dir, state, trainer.weights_have_moved(), names if rows is None else None)
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"

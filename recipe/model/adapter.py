@@ -1,49 +1,48 @@
-"""The text part of a model, and which of its layers an adapter changes."""
+"""Which layers of a model an adapter changes, and what may be wrong with the choice."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from recipe.console import UserError
+from recipe.model.loading import one_line
 
 # Layers that give one number for each head or expert: routers, and how fast the state of a gated delta net decays. An
 # adapter of the usual rank would have more weights than such a layer itself.
 GATES = {"in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "shared_expert_gate", "router", "gate"}
 
 
-def decoder_name(model: PreTrainedModel) -> str:
-    """Return the name of the module that computes the text, such as "model" or "model.language_model"."""
-    decoder = model.get_decoder()
-    return next(name for name, module in model.named_modules() if module is decoder)
-
-
-def outside_decoder(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return {name: parameter} of what training on text never computes: the vision tower and its projector."""
-    parts = (model.get_decoder(), model.get_output_embeddings())
-    trained = {id(parameter) for part in parts for parameter in part.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in trained}
-
-
-def lora_targets(model: PreTrainedModel, names: list[str] | None) -> str | list[str]:
+def targets(model: PreTrainedModel, names: list[str] | None) -> str | list[str]:
     """Return the layers that an adapter changes, as `target_modules` of peft's LoraConfig takes them.
+
+    Layers outside the text part of a model, as in a vision tower, are left out: training on text never computes them.
 
     Args:
         model: the model without an adapter.
-        names: ends of the names of layers, such as "q_proj"; None means every linear layer of the text part, except
-            gates and the output head.
+        names: ends of the names of layers, such as "q_proj"; None means the default.
 
     Raises:
         ValueError: no layer of the text part has such a name.
     """
-    gated = gates(model)
-    if not outside_decoder(model) and (names or not gated):
-        return names or "all-linear"
-    inside, head = decoder_name(model) + ".", model.get_output_embeddings()
-    modules = {name: module for name, module in model.named_modules() if name.startswith(inside) or module is head}
-    if names is None:
-        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
-        return [name for name in linear if name not in gated]
-    chosen = [name for name in modules if any(f".{name}".endswith(f".{end}") for end in names)]
-    if not chosen:
-        raise ValueError(f"Target modules {names} not found in the text part of the model.")
-    return chosen
+    if not names:
+        return default_targets(model)
+    named = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{end}") for end in names)]
+    parts = {*_text_part(model), id(model.get_output_embeddings())}
+    chosen = [name for name in named if id(model.get_submodule(name)) in parts]
+    if named and not chosen:
+        raise ValueError(f"target modules {names} are outside the text part of the model.")
+    return names if chosen == named else chosen
+
+
+def default_targets(model: PreTrainedModel) -> str | list[str]:
+    """Return every linear layer of the text part except gates and the output head, or "all-linear" if these are all."""
+    head = model.get_output_embeddings()
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
+    inside = _text_part(model) - {id(gate) for gate in gates(model).values()}
+    chosen = [name for name in linear if id(model.get_submodule(name)) in inside]
+    return "all-linear" if chosen == linear else chosen
 
 
 def gates(model: nn.Module) -> dict[str, nn.Linear]:
@@ -53,3 +52,25 @@ def gates(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and GATES & set(name.split("."))
     }
+
+
+def _text_part(model):
+    return {id(module) for module in model.get_decoder().modules()}
+
+
+def have_shared_weight(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Return True if the model's input embeddings and output head share a weight, and `names` has one of them."""
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    shared = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    return shared and any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names)
+
+
+@contextlib.contextmanager
+def errors(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what peft raises into a UserError that names the model's linear layers."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        raise UserError(f"no adapter: {one_line(error)} Linear layers are {sorted(linear)}.") from None

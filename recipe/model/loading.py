@@ -5,10 +5,9 @@ on text: `get_decoder()` names its text part; all weights outside it and the out
 its weights, and those of an adapter, are then the checkpoint's own, which servers look for.
 """
 
-import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from recipe.console import UserError
 from recipe.model import attention, generation, linear_attention
-from recipe.model.adapter import decoder_name, outside_decoder
 from recipe.model.precision import best_dtype
 
 if TYPE_CHECKING:  # its import takes seconds, and --help needs none of it
@@ -119,12 +117,13 @@ class Pretrained:
                     "--trust_remote_code True if you trust it."
                 ) from None
             raise UserError(
-                f"{self.named_by} {self.name_or_path}: cannot be loaded: {_one_line(error)} Name a folder with a model "
+                f"{self.named_by} {self.name_or_path}: cannot be loaded: {one_line(error)} Name a folder with a model "
                 "or a model of the hub."
             ) from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return what a library raised as one line of at most 300 characters."""
     kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
     return kind + f"{' '.join(str(error).split()):.300}"
 
@@ -153,25 +152,24 @@ def _work_around_libraries(model: PreTrainedModel) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The text part of a model
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Return the name of the module that computes the text, such as "model" or "model.language_model"."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def outside_decoder(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return {name: parameter} of what training on text never computes: the vision tower and its projector."""
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    trained = {id(parameter) for part in parts for parameter in part.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in trained}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Adapters
-
-
-@contextlib.contextmanager
-def adapter_errors(model: PreTrainedModel) -> Iterator[None]:
-    """Turn what peft raises into a UserError that names the model's linear layers."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-        raise UserError(f"no adapter: {_one_line(error)} Linear layers are {sorted(linear)}.") from None
-
-
-def have_shared_weight(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Return True if the model's input embeddings and output head share a weight, and `names` has one of them."""
-    from peft.utils.constants import EMBEDDING_LAYER_NAMES
-
-    shared = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    return shared and any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names)
 
 
 def load_adapter(
@@ -202,7 +200,7 @@ def load_adapter(
             model, folder, is_trainable=is_trainable, config=config, key_mapping=mapping, cache_dir=cache_dir
         )
     except (*LOADING_ERRORS, TypeError) as error:
-        raise UserError(f"{folder}: cannot be loaded as an adapter: {_one_line(error)}") from None
+        raise UserError(f"{folder}: cannot be loaded as an adapter: {one_line(error)}") from None
     if odd := sorted(saved ^ set(get_peft_model_state_dict(adapted))):
         raise UserError(f"{folder}: {len(odd)} adapter weights do not match the base model, the first is {odd[0]}.")
     return adapted
@@ -260,4 +258,4 @@ def _adapter_config(source: Pretrained):
             return None
         return PeftConfig.from_pretrained(source.name_or_path, cache_dir=source.cache_dir)
     except LOADING_ERRORS as error:
-        raise UserError(f"{source.named_by} {source.name_or_path}: cannot be loaded: {_one_line(error)}") from None
+        raise UserError(f"{source.named_by} {source.name_or_path}: cannot be loaded: {one_line(error)}") from None

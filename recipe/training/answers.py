@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.console import UserError
 from recipe.dataset.collator import Collator
-from recipe.dataset.encoding import ChatEncoder, supervised_runs
+from recipe.dataset.conversations import Conversation, Message
+from recipe.dataset.encoding import ChatEncoder, Document, supervised_runs
 from recipe.model.loss import supervised_loss
 from recipe.training import checks
 
-Metric = Callable[[str, str, list[dict]], float]  # (answer, reference, messages of the prompt) -> number
+Metric = Callable[[str, str, list[Message]], float]  # (answer, reference, messages of the prompt) -> number
 FIGURES = ("loss", "exact_match", "valid_json")  # names that a user's metric cannot have
 
 
@@ -34,7 +35,7 @@ class Question(NamedTuple):
     prompt_ids: list[int]
     reference_ids: list[int]
     reference: str
-    messages: list[dict]
+    messages: list[Message]
 
 
 class Measured(NamedTuple):
@@ -51,7 +52,9 @@ class Measured(NamedTuple):
     questions: list[Question]
 
 
-def questions(conversations: Sequence[dict], encoder: ChatEncoder, max_length: int | None = None) -> list[Question]:
+def questions(
+    conversations: Sequence[Conversation], encoder: ChatEncoder, max_length: int | None = None
+) -> list[Question]:
     """Make one Question of the last assistant turn of each conversation.
 
     Conversations without one are left out, and those with more than `max_length` tokens.
@@ -122,7 +125,7 @@ def answer(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, rows: Sequence[list], batch_size: int = 8) -> float:
+def mean_loss(model: PreTrainedModel, rows: Sequence[list[Document]], batch_size: int = 8) -> float:
     """Return the mean cross entropy over the supervised tokens of `rows` (lists of documents)."""
     total, count = 0.0, 0
     with _evaluating(model):
@@ -189,7 +192,7 @@ def mean_scores(each: Iterable[dict[str, float]]) -> dict[str, float]:
 def measure(
     model: PreTrainedModel,
     encoder: ChatEncoder,
-    conversations: Sequence[dict],
+    conversations: Sequence[Conversation],
     max_new_tokens: int = 256,
     batch_size: int = 16,
     metric: Metric | None = None,

@@ -130,13 +130,14 @@ def compare(checkpoint, now, ignore_data_skip):
         say(f"the schedule changed from {then['schedule']} to {now['schedule']}: the optimizer keeps its own rate.")
 
 
-def verify_saved(folder, weights=None, moved=False, values=True):
+def verify_saved(folder, weights=None, moved=False, values=True, names=None):
     """Open what was written: every tensor is there, has elements, is finite; an adapter has learnt something.
 
     Args:
         weights: {name: tensor} that should be there (None: known from the files alone).
         moved: whether lora_B, which starts at zero, must have moved.
         values: whether to read the numbers, too; without, files that end early or are missing are still found.
+        names: the names that the files should have, see `base_files.Names`.
     Raises:
         UserError: what is wrong with which file.
     """
@@ -148,10 +149,11 @@ def verify_saved(folder, weights=None, moved=False, values=True):
         raise UserError(f"{folder}: no weights were written.")
     if adapter != any(".lora_" in name for name in weights or [".lora_" * adapter]):
         raise UserError(f"{folder}: holds an adapter_config.json and no adapter, or an adapter without it.")
-    elements, zero_b, b = 0, 0, 0
+    elements, zero_b, b, found = 0, 0, 0, set()
     for path in files:
         try:
             with safe_open(path, "pt") as saved:
+                found.update(saved.keys())
                 for name in saved.keys():
                     if not values:
                         continue
@@ -165,6 +167,10 @@ def verify_saved(folder, weights=None, moved=False, values=True):
                     zero_b += ".lora_B" in name and not tensor.any()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read again: {error}.") from None
+    if names is not None and (odd := sorted((found ^ names.all) - names.shared)):
+        raise UserError(
+            f"{folder}: {len(odd)} names of weights are not those of the base model, the first is {odd[0]}."
+        )
     index = os.path.join(folder, "model.safetensors.index.json")
     if not adapter and os.path.exists(index):
         with open(index, encoding="utf-8") as file:

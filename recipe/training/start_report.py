@@ -10,6 +10,7 @@ from recipe.console import UserError, say
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
 from recipe.model import adapter, linear_attention
+from recipe.model.loading import outside_decoder
 from recipe.model.loss import BLOCK, obstacle_to_fusing
 from recipe.model.precision import dtype_name
 from recipe.training import memory
@@ -34,9 +35,7 @@ def describe(trainer, compute_dtype, lora_args):
     if trainer.args.world_size > 1:
         facts["engine"] = f"{engines.engine_of(trainer.args).label}, {trainer.args.world_size} processes"
     if trainer.head is None:
-        facts["loss"] = (
-            f"from whole logits, which takes more memory: the model cannot compute it in its output head, as {obstacle_to_fusing(model)}"
-        )
+        facts["loss"] = f"from whole logits, which takes more memory: {obstacle_to_fusing(model)}"
     for name, dataset in (trainer.eval_dataset or {}).items():
         facts[f"evaluation rows ({name})"] = report.rows(dataset)
     facts["steps"] = _steps(trainer)
@@ -66,6 +65,9 @@ def _trained(model, args, lora_args):
         if gates:
             kind += f" (not on the gates {', '.join(sorted(gates))}, which --lora_target_modules can name)"
         kind += ", base in 4 bits (NF4)" * lora_args.q_lora
+    base = model.get_base_model() if args.use_lora else model
+    if outside_decoder(base):
+        kind += "; text only: images are left as they are"
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
 
 

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME
 from recipe.console import UserError
 from recipe.dataset import packing
 from recipe.distributed import engines
+from recipe.model import rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks
 from recipe.training.throughput import Throughput
@@ -54,13 +55,17 @@ class RecipeTrainer(transformers.Trainer):
         stop_id: int | None = None,
         **kwargs: Any,
     ):
-        use_cache = model.config.use_cache
+        config = model.config.get_text_config()
+        use_cache = config.use_cache
+        # Of the settings that transformers sets while it trains, those that the configuration has not. That of a vision
+        # checkpoint has them in its part for text.
+        self._absent = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"} - vars(model.config).keys()
         super().__init__(model, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count those tokens, over all ranks
         # The Trainer has switched the cache off in the config that gets saved; `supervised_loss` does so in each call.
-        self.model.config.use_cache = use_cache
+        config.use_cache = use_cache
         # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
-        self._bos = self.model.config.bos_token_id, self.model.generation_config.bos_token_id
+        self._bos = config.bos_token_id, self.model.generation_config.bos_token_id
         self.save, self.record = save, record or {}
         self.questions, self.metric, self.stop_id = questions or [], metric, stop_id
         self.head = fuse_loss_into_head(self.model)
@@ -230,7 +235,9 @@ class RecipeTrainer(transformers.Trainer):
     def _save(self, output_dir, state_dict):
         """Write weights, tokenizer, generation config; delete model files of an earlier run of another mode."""
         model = self.accelerator.unwrap_model(self.model)
-        model.config.bos_token_id, model.generation_config.bos_token_id = self._bos
+        model.config.get_text_config().bos_token_id, model.generation_config.bos_token_id = self._bos
+        for name in self._absent & vars(model.config).keys():
+            delattr(model.config, name)
         adapter = hasattr(model, "peft_config")
         if os.path.exists(os.path.join(output_dir, TRAINING_ARGS_NAME)):  # an earlier run's folder
             stale = ("model*.safetensors*", *[CONFIG_NAME] * adapter, *["adapter_*"] * (not adapter))
@@ -238,7 +245,7 @@ class RecipeTrainer(transformers.Trainer):
                 os.remove(path)  # else whoever loads the folder would find both and take one
         super()._save(output_dir, state_dict)
         model.generation_config.save_pretrained(output_dir)
-        if adapter and "original_max_position_embeddings" in (model.config.get_text_config().rope_parameters or {}):
+        if adapter and rope.is_extended(model.config.get_text_config()):
             model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
 
     def _save_checkpoint(self, model, trial):

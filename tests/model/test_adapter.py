@@ -32,12 +32,12 @@ def model_of(kind):
                                             ("qwen2_moe", LAYERS), ("phimoe", LAYERS - {"gate_proj", "up_proj", "down_proj"}),
                                             ("jetmoe", {"kv_proj"})])  # fmt: skip
 def test_the_default_is_every_linear_layer_without_the_head_the_gates_and_the_routers(kind, expected):
-    targets = adapter.lora_targets(model_of(kind), None)
+    targets = adapter.default_targets(model_of(kind))
     assert {name.rpartition(".")[2] for name in targets} == expected
 
 
 def test_a_model_without_gates_is_left_to_peft():
-    assert adapter.lora_targets(model_of("qwen3"), None) == "all-linear"
+    assert adapter.default_targets(model_of("qwen3")) == "all-linear"
 
 
 @pytest.mark.parametrize("named", [[], ["--lora_target_modules", "in_proj_a", "q_proj"]], ids=["default", "named"])

@@ -1,0 +1,92 @@
+"""Tiny random checkpoints of the model families, as folders that `--model_name_or_path` takes."""
+
+import json
+import pathlib
+import shutil
+
+import torch
+import transformers
+
+SIZE = dict(
+    vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+    num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False,
+    bos_token_id=None, eos_token_id=997, pad_token_id=997,
+)  # fmt: skip
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 32}
+DELTA = dict(
+    layer_types=["linear_attention", "full_attention"], linear_key_head_dim=16, linear_value_head_dim=16,
+    linear_num_key_heads=2, linear_num_value_heads=4,
+)  # fmt: skip
+WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+TOWER = dict(hidden_size=32, intermediate_size=64, depth=2, num_heads=2, out_hidden_size=64, patch_size=4)
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+TEXT = {
+    "llama": SIZE,
+    "mistral": {**SIZE, "sliding_window": 16},
+    "qwen2": SIZE,
+    "qwen3": SIZE,
+    "qwen2_moe": {**SIZE, **SHARED},
+    "qwen3_moe": {**SIZE, **EXPERTS},
+    "qwen3_next": {**SIZE, **DELTA, **SHARED},
+    "qwen3_5_text": {**SIZE, **DELTA},
+    "qwen3_5_moe_text": {**SIZE, **DELTA, **SHARED},
+    "gpt_oss": {**SIZE, **WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3_text": {**SIZE, **WINDOW},
+}
+VISION = {  # family: (text configuration, vision configuration, further fields)
+    "qwen2_5_vl": ({**SIZE, "rope_parameters": MROPE}, {**TOWER, "fullatt_block_indexes": [1]}),
+    "qwen3_vl": ({**SIZE, "rope_parameters": MROPE}, {**TOWER, "deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": ({**SIZE, **EXPERTS, "rope_parameters": MROPE}, {**TOWER, "deepstack_visual_indexes": [0]}),
+    "qwen3_5": ({**SIZE, **DELTA}, TOWER),
+    "qwen3_5_moe": ({**SIZE, **DELTA, **SHARED}, TOWER),
+    "gemma3": (
+        {**SIZE, **WINDOW},
+        dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+        ),
+    ),
+}
+MTP = (
+    "qwen3_5",
+    "qwen3_5_moe",
+)  # their checkpoints hold layers that predict further tokens, which transformers ignores
+
+
+def family(
+    name: str, folder: pathlib.Path, tokenizer: pathlib.Path, dtype: torch.dtype = torch.float32
+) -> pathlib.Path:
+    """Write a random checkpoint of a family into `folder`, with the tokenizer of another folder.
+
+    Args:
+        name: a key of TEXT or VISION.
+    """
+    torch.manual_seed(1)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    if name in TEXT:
+        config = transformers.CONFIG_MAPPING[name](**TEXT[name])
+        transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        return folder
+    text, vision = VISION[name]
+    ids = dict(image_token_id=900, video_token_id=901, vision_start_token_id=902, vision_end_token_id=903)
+    if name == "gemma3":
+        ids = dict(image_token_index=900, boi_token_index=902, eoi_token_index=903, mm_tokens_per_image=4)
+    config = transformers.CONFIG_MAPPING[name](
+        text_config=dict(text), vision_config=dict(vision), tie_word_embeddings=False, **ids
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"patch_size": 4, "image_mean": [0.5, 0.5, 0.5]}))
+    if name in MTP:
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        weights["mtp.layers.0.mlp.up_proj.weight"] = torch.randn(128, 64).to(dtype)
+        weights["mtp.norm.weight"] = torch.randn(64).to(dtype)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
