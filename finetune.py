@@ -470,7 +470,8 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
                 state |= base.unchanged() if rows is None else {}
                 base.copy_processor(output_dir)
             trainer._save(output_dir, state_dict=state)
-            checkpoints.verify_saved(output_dir, state, trainer.weights_have_moved(), names if rows is None else None)
+            moved = trainer.weights_have_moved()
+            checkpoints.verify_saved(output_dir, state, moved, names=names if rows is None else None)
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"

@@ -406,7 +406,7 @@ def test_an_overflow_of_fp16_is_no_reason_to_stop_and_a_loss_that_is_not_finite_
 
 def test_evaluating_outside_training_leaves_best_as_it_is(tiny_model, rows, tmp_path):
     arguments = finetune.parse(argv(tiny_model, rows, tmp_path / "out", "--eval_data_path", rows))
-    tokenizer = finetune.load_tokenizer(arguments[0], arguments[2])
+    tokenizer = finetune.pretrained(arguments[0], arguments[2]).tokenizer()
     arguments[2].model_max_length = 512
     _, evaluated = finetune.make_datasets(arguments[1], arguments[2], ChatEncoder(tokenizer))
     trainer = finetune.RecipeTrainer(
