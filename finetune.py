@@ -28,7 +28,7 @@ from recipe.dataset.collator import Collator
 from recipe.dataset.conversations import Conversations, hold_out, named_paths
 from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import engines, nodes, weights
-from recipe.model import adapter
+from recipe.model import adapter, experts
 from recipe.model.precision import best_dtype, dtype_name, has_bf16
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,6 +195,10 @@ class LoraArguments:
     lora_target_modules: list[str] = flag(None,
         "Names of the linear layers to adapt. Default: every one except the output head, routers and gates of one "
         "number a head; fewer, such as q_proj v_proj, save memory."
+    )
+    lora_experts: bool = flag(False,
+        "Adapt the routed experts of a mixture, too, each at rank lora_r / experts per token and without dropout. "
+        "Default False: they stay as they are, and the adapter is several times smaller."
     )
     lora_weight_path: str = flag("", "Folder of an adapter to continue from, with its own rank. Default: a new one.")
     lora_bias: Literal["none", "all", "lora_only"] = flag("none",
@@ -401,15 +405,16 @@ def add_adapter(
     if lora_args.lora_weight_path:
         adapted = loading.load_adapter(model, lora_args.lora_weight_path, is_trainable=True)
     else:
-        start = lora_args.init_lora_weights
+        r, alpha, start = lora_args.lora_r, lora_args.lora_alpha, lora_args.init_lora_weights
         whole = list(lora_args.modules_to_save or [])  # a copy, as peft changes it
-        with loading.adapter_errors(model):
+        routed = experts.lora_options(model, r, alpha, lora_args.use_rslora) if lora_args.lora_experts else {}
+        with loading.adapter_errors(model), experts.whole_shapes(model):
             adapted = peft.get_peft_model(
                 model,
                 peft.LoraConfig(
                     task_type="CAUSAL_LM",
-                    r=lora_args.lora_r,
-                    lora_alpha=lora_args.lora_alpha,
+                    r=r,
+                    lora_alpha=alpha,
                     lora_dropout=lora_args.lora_dropout,
                     target_modules=adapter.lora_targets(model, lora_args.lora_target_modules),
                     bias=lora_args.lora_bias,
@@ -420,8 +425,10 @@ def add_adapter(
                     ensure_weight_tying=loading.have_shared_weight(model, whole),
                     init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
                     trainable_token_indices=lora_args.trainable_token_indices,
+                    **routed,
                 ),
             )
+        experts.hand_over_factors(adapted)
     precision.trainable_to_float32(adapted)
     if (training_args.bf16 or training_args.fp16) and not training_args.deepspeed:  # these compute under autocast
         precision.keep_input_dtype(adapted)
@@ -502,6 +509,8 @@ def run(model_args, data_args, training_args, lora_args):
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args, data_args.pack_tokens)
+    if training_args.use_lora and not lora_args.lora_weight_path:
+        experts.check(config, lora_args.lora_experts, lora_args.lora_target_modules)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
     record = checkpoints.record(model_args, data_args, training_args, lora_args, train_dataset)
     if training_args.resume_from_checkpoint:
