@@ -16,7 +16,7 @@ from helpers import ROWS, argv, history, write
 from recipe.console import UserError
 from recipe.dataset.collator import Collator
 from recipe.model import experts, loading
-from recipe.model.loss import attach, supervised_loss
+from recipe.model.loss import fuse_loss_into_head, supervised_loss
 
 SMALL = dict(
     vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
@@ -359,7 +359,7 @@ def test_the_load_balancing_loss_is_that_of_transformers(family, fused):
     assert len(routers) == 2
     model.zero_grad()
     experts.use_low_rank_forward(model)
-    head = attach(model) if fused else None
+    head = fuse_loss_into_head(model) if fused else None
     weight = experts.balancing_weight(model.config)
     total, count = supervised_loss(model, batch_of(ids[0].tolist()), head=head, balancing=weight)
     (total / count).backward()
