@@ -195,6 +195,10 @@ class LoraArguments:
         "Names of the linear layers to adapt. Default: every one except the output head, routers and gates of one "
         "number a head; fewer, such as q_proj v_proj, save memory."
     )
+    lora_experts: bool = flag(False,
+        "Adapt the routed experts of a mixture, too, each at rank lora_r / experts per token and without dropout. "
+        "Default False: they stay as they are, and the adapter is several times smaller."
+    )
     lora_weight_path: str = flag("", "Folder of an adapter to continue from, with its own rank. Default: a new one.")
     lora_bias: Literal["none", "all", "lora_only"] = flag("none",
         "Biases to train with the adapter. Default none; with others the base model is no longer itself when the "
@@ -230,7 +234,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 
 from recipe import flag_rules  # noqa: E402
-from recipe.model import adapter, attention, generation, loading, precision, rope  # noqa: E402
+from recipe.model import adapter, attention, experts, generation, loading, precision, rope  # noqa: E402
 from recipe.model.base_files import BaseFiles  # noqa: E402
 from recipe.training import answers, checkpoints, curves, start_report  # noqa: E402
 from recipe.training.trainer import RecipeTrainer  # noqa: E402
@@ -402,15 +406,16 @@ def add_adapter(
     if lora_args.lora_weight_path:
         adapted = loading.load_adapter(model, lora_args.lora_weight_path, is_trainable=True)
     else:
-        start = lora_args.init_lora_weights
+        r, alpha, start = lora_args.lora_r, lora_args.lora_alpha, lora_args.init_lora_weights
         whole = list(lora_args.modules_to_save or [])  # a copy, as peft changes it
-        with adapter.errors(model):
+        routed = experts.lora_options(model, r, alpha, lora_args.use_rslora) if lora_args.lora_experts else {}
+        with adapter.errors(model), experts.whole_shapes(model):
             adapted = peft.get_peft_model(
                 model,
                 peft.LoraConfig(
                     task_type="CAUSAL_LM",
-                    r=lora_args.lora_r,
-                    lora_alpha=lora_args.lora_alpha,
+                    r=r,
+                    lora_alpha=alpha,
                     lora_dropout=lora_args.lora_dropout,
                     target_modules=adapter.targets(model, lora_args.lora_target_modules),
                     bias=lora_args.lora_bias,
@@ -421,8 +426,10 @@ def add_adapter(
                     ensure_weight_tying=adapter.have_shared_weight(model, whole),
                     init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
                     trainable_token_indices=lora_args.trainable_token_indices,
+                    **routed,
                 ),
             )
+        experts.hand_over_factors(adapted)
     precision.trainable_to_float32(adapted)
     if (training_args.bf16 or training_args.fp16) and not training_args.deepspeed:  # these compute under autocast
         precision.keep_input_dtype(adapted)
@@ -509,6 +516,8 @@ def run(model_args, data_args, training_args, lora_args):
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args, data_args.pack_tokens)
+    if training_args.use_lora and not lora_args.lora_weight_path:
+        experts.check(config, lora_args.lora_experts, lora_args.lora_target_modules)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
     record = checkpoints.record(model_args, data_args, training_args, lora_args, train_dataset)
     if training_args.resume_from_checkpoint:

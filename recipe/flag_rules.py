@@ -69,6 +69,27 @@ def _lora(training_args, lora_args, named):
     if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise UserError(f"--lora_weight_path {folder}: holds no adapter_config.json, so no adapter.")
 
+    if lora_args.lora_experts and not folder:
+        _experts(lora_args)
+
+
+def _experts(lora_args):
+    """peft knows adapters on stacked experts in the plainest form alone."""
+    start = lora_args.init_lora_weights
+    refused = {
+        "--use_dora": lora_args.use_dora,
+        f"--lora_bias {lora_args.lora_bias}": lora_args.lora_bias != "none",
+        f"--init_lora_weights {start}": start.lower() not in ("true", "false", "gaussian"),
+    }
+    for flag, given in refused.items():
+        if given:
+            raise UserError(
+                f"--lora_experts and {flag} exclude each other, as peft has no such adapters of experts; leave out one of them."
+            )
+    if lora_args.lora_dropout:
+        say("--lora_experts: no adapter has dropout, as peft cannot load an adapter of experts that has it.")
+        lora_args.lora_dropout = 0.0
+
 
 def _folders(model_args, training_args):
     folder = training_args.output_dir

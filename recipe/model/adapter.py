@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recipe.console import UserError
+from recipe.model import experts
 from recipe.model.loading import one_line
 
 # Layers that give one number for each head or expert: routers, and how fast the state of a gated delta net decays. An
@@ -37,12 +38,17 @@ def targets(model: PreTrainedModel, names: list[str] | None) -> str | list[str]:
 
 
 def default_targets(model: PreTrainedModel) -> str | list[str]:
-    """Return every linear layer of the text part except gates and the output head, or "all-linear" if these are all."""
+    """Return every linear layer of the text part, except gates, the output head and what peft takes for routed experts.
+
+    Returns:
+        "all-linear" if that names the same layers, else their names.
+    """
     head = model.get_output_embeddings()
     linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
-    inside = _text_part(model) - {id(gate) for gate in gates(model).values()}
+    left_out = [*gates(model).values(), *taken_for_experts(model).values()]
+    inside = _text_part(model) - {id(part) for part in left_out}
     chosen = [name for name in linear if id(model.get_submodule(name)) in inside]
-    return "all-linear" if chosen == linear else chosen
+    return "all-linear" if chosen == linear and not experts.reserved_names(model.config) else chosen
 
 
 def gates(model: nn.Module) -> dict[str, nn.Linear]:
@@ -74,3 +80,13 @@ def errors(model: PreTrainedModel) -> Iterator[None]:
     except (ValueError, TypeError, OSError) as error:
         linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         raise UserError(f"no adapter: {one_line(error)} Linear layers are {sorted(linear)}.") from None
+
+
+def taken_for_experts(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Return {name: module} of the linear layers, as in a shared expert, that peft cannot tell from routed experts."""
+    reserved = experts.reserved_names(model.config)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in reserved
+    }

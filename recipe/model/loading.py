@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from recipe.console import UserError
-from recipe.model import attention, generation, linear_attention
+from recipe.model import attention, experts, generation, linear_attention
 from recipe.model.precision import best_dtype
 
 if TYPE_CHECKING:  # its import takes seconds, and --help needs none of it
@@ -90,6 +90,8 @@ class Pretrained:
             attention.register()
         if attn_implementation != "auto":
             options["attn_implementation"] = attn_implementation
+        if "quantization_config" in options:
+            experts.quantise_experts_as_well()
         model, report = self._from_pretrained(
             auto_class(config), config=config, dtype=dtype, output_loading_info=True, **options
         )
@@ -100,6 +102,7 @@ class Pretrained:
             )
         _work_around_libraries(model)
         linear_attention.keep_documents_apart(model)
+        experts.use_low_rank_forward(model)
         generation.drop_sampling_settings(model.generation_config)
         for parameter in outside_decoder(model).values():
             parameter.requires_grad_(False)
@@ -196,13 +199,15 @@ def load_adapter(
             saved = {name.replace("base_model.model.model.", f"base_model.model.{prefix}", 1) for name in saved}
             if isinstance(config.target_modules, set):
                 config.target_modules = {re.sub(r"^model\.", prefix, name) for name in config.target_modules}
-        adapted = PeftModel.from_pretrained(
-            model, folder, is_trainable=is_trainable, config=config, key_mapping=mapping, cache_dir=cache_dir
-        )
+        with experts.whole_shapes(model):
+            adapted = PeftModel.from_pretrained(
+                model, folder, is_trainable=is_trainable, config=config, key_mapping=mapping, cache_dir=cache_dir
+            )
     except (*LOADING_ERRORS, TypeError) as error:
         raise UserError(f"{folder}: cannot be loaded as an adapter: {one_line(error)}") from None
     if odd := sorted(saved ^ set(get_peft_model_state_dict(adapted))):
         raise UserError(f"{folder}: {len(odd)} adapter weights do not match the base model, the first is {odd[0]}.")
+    experts.hand_over_factors(adapted)
     return adapted
 
 

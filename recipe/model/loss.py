@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recipe.console import say
+from recipe.console import UserError, say
 from recipe.dataset.encoding import IGNORE_INDEX
 
 # Positions whose logits exist at a time: enough for full speed; with a vocabulary of 152,000 they and their copies take
@@ -145,7 +145,11 @@ def fuse_loss_into_head(model: PreTrainedModel) -> FusedHead | None:
 
 
 def supervised_loss(
-    model: nn.Module, batch: Mapping, label_smoothing: float = 0.0, head: FusedHead | None = None
+    model: nn.Module,
+    batch: Mapping,
+    label_smoothing: float = 0.0,
+    head: FusedHead | None = None,
+    balancing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross entropy of one micro-batch from `Collator`.
 
@@ -157,25 +161,44 @@ def supervised_loss(
         batch: what `Collator` returns.
         label_smoothing: share of each target that is spread over the whole vocabulary, 0 to 1.
         head: the model's output head from `fuse_loss_into_head`; None computes whole logits.
+        balancing: weight of the load-balancing loss of a mixture of experts. It is added once for each supervised
+            token, so that the mean over the supervised tokens of an optimizer step has it once.
 
     Returns:
         (sum over the supervised tokens, a float32 scalar with a gradient; their number, an int64 scalar).
+
+    Raises:
+        UserError: the load-balancing loss has no gradient.
     """
     batch = {name: value for name, value in batch.items() if name not in ("labels", "padding_tokens")}
     targets = batch.pop("shift_labels")[:, batch["logits_to_keep"]].flatten()
     count = (targets != IGNORE_INDEX).sum()
     # With a cache transformers would treat the row as one document.
+    options = {"use_cache": False} | ({"output_router_logits": True} if balancing else {})
     if head is not None and head.is_last is not False:
         with head.computes_loss(targets, label_smoothing):
-            loss, one = model(**batch, use_cache=False).logits.flatten()
+            output = model(**batch, **options)
+        loss, one = output.logits.flatten()
         if head.is_last is None:
             head.is_last = bool(one == 1)
             if not head.is_last:
                 say("this model changes its logits after the output head: the loss is computed from whole logits.")
         if head.is_last:
-            return loss, count
-    logits = model(**batch, use_cache=False).logits.flatten(0, 1).float()
+            return loss + _balancing_loss(output, balancing) * count, count
+    output = model(**batch, **options)
+    logits = output.logits.flatten(0, 1).float()
     loss = nn.functional.cross_entropy(
         logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
     )
-    return loss, count
+    return loss + _balancing_loss(output, balancing) * count, count
+
+
+def _balancing_loss(output, weight: float) -> Tensor | float:
+    if not weight:
+        return 0.0
+    if torch.is_grad_enabled() and not output.aux_loss.requires_grad:
+        raise UserError(
+            "the load-balancing loss of the experts (output_router_logits in the model's config) has no gradient under "
+            "reentrant gradient checkpointing; leave out use_reentrant, or set output_router_logits to false there."
+        )
+    return weight * output.aux_loss

@@ -135,7 +135,7 @@ def gpu_bytes(shape, engine, mode, gpus, tokens, checkpointing=True, dtype=torch
         "weights": weights * (here if engine.shards_weights else 1) + scales,
         "gradients": (size if zero else 4) * trained * here,
         "optimizer": (12 if zero else 8) * trained * here,
-        "gathered": gathered + config.hidden_size * config.intermediate_size * size * q_lora,
+        "gathered": gathered + config.hidden_size * (getattr(config, "intermediate_size", None) or 0) * size * q_lora,
         "activations": tokens * (inputs + layer if checkpointing else config.num_hidden_layers * layer),
         "logits": block * config.vocab_size * (8 if size < 4 else 4) + 4 * shape.embedding * full,
         "step": 0 if offload else 8 * min(trained * share, ZERO3_LIVE) if zero else 4 * trained * share,

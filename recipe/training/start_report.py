@@ -9,7 +9,7 @@ import numpy as np
 from recipe.console import UserError, say
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
-from recipe.model import adapter, linear_attention
+from recipe.model import adapter, experts, linear_attention
 from recipe.model.loading import outside_decoder
 from recipe.model.loss import BLOCK, obstacle_to_fusing
 from recipe.model.precision import dtype_name
@@ -32,6 +32,9 @@ def describe(trainer, compute_dtype, lora_args):
     linear = linear_attention.describe(model, args.device)
     if linear:
         facts["linear attention"] = linear
+    routed = _experts(trainer, lora_args.q_lora)
+    if routed:
+        facts["routed experts"] = routed
     if trainer.args.world_size > 1:
         facts["engine"] = f"{engines.engine_of(trainer.args).label}, {trainer.args.world_size} processes"
     if trainer.head is None:
@@ -64,11 +67,39 @@ def _trained(model, args, lora_args):
         gates = {part for name in adapter.gates(model) for part in name.split(".") if part in adapter.GATES - adapted}
         if gates:
             kind += f" (not on the gates {', '.join(sorted(gates))}, which --lora_target_modules can name)"
+        taken = ", ".join(sorted({name.rpartition(".")[2] for name in adapter.taken_for_experts(model)}))
+        kind += f" (not on {taken}, which peft takes for routed experts)" * bool(taken)
         kind += ", base in 4 bits (NF4)" * lora_args.q_lora
     base = model.get_base_model() if args.use_lora else model
     if outside_decoder(base):
         kind += "; text only: images are left as they are"
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
+
+
+def _experts(trainer, q_lora):
+    """What becomes of the routed experts of a mixture, None for another model."""
+    model, config = trainer.model, trainer.model.config
+    held = {name: part for name, part in model.named_parameters() if experts.is_routed_weight(name)}
+    if not held:
+        return None
+    count, (_, total) = sum(map(weights.numel, held.values())), parameters(model)
+    text = f"{experts.experts_per_token(config)} for a token, {count:,} parameters ({count / total:.0%} of all)"
+    balancing = experts.balancing_weight(config)
+    if not trainer.args.use_lora:
+        return f"{text}, trained" + f"; load-balancing loss, weight {balancing:g}" * bool(balancing)
+    if q_lora and not any(type(part).__name__ == "Params4bit" for part in held.values()):
+        text += ", not in 4 bits, as transformers computes them in a way of its own"
+    options = model.peft_config["default"]
+    adapted = sum(weights.numel(p) for name, p in model.named_parameters() if ".experts." in name and p.requires_grad)
+    rank = experts.expert_rank(config, options.r)
+    more = experts.adapter_size(model, rank)
+    text += ", frozen"
+    if adapted:
+        ranks = ", ".join(map(str, sorted(set(options.rank_pattern.values())))) or options.r
+        text += f", with adapters of rank {ranks} ({adapted:,} parameters)"
+    elif more:
+        text += f"; --lora_experts adapts them at rank {rank}, {more:,} parameters more to train"
+    return text + "; the load-balancing loss is left out, as the router is frozen" * bool(balancing)
 
 
 def parameters(model):

@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME
 from recipe.console import UserError
 from recipe.dataset import packing
 from recipe.distributed import engines
-from recipe.model import rope
+from recipe.model import experts, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks
 from recipe.training.throughput import Throughput
@@ -69,6 +69,8 @@ class RecipeTrainer(transformers.Trainer):
         self.save, self.record = save, record or {}
         self.questions, self.metric, self.stop_id = questions or [], metric, stop_id
         self.head = fuse_loss_into_head(self.model)
+        # An adapter leaves the routers as they are, and their balance with them.
+        self.balancing = 0.0 if hasattr(model, "peft_config") else experts.balancing_weight(model.config)
         self.best_loss = self._recorded_best()
         self._eval_sums = self._file_sums = None
         self.throughput = Throughput(self)
@@ -79,7 +81,8 @@ class RecipeTrainer(transformers.Trainer):
         """Summed cross entropy of the supervised tokens / their number in the optimizer step (None: in the batch)."""
         evaluating = self._file_sums is not None
         smoothing = 0.0 if evaluating else self.args.label_smoothing_factor
-        total, supervised = supervised_loss(model, inputs, smoothing, self.head)
+        balancing = 0.0 if evaluating else self.balancing
+        total, supervised = supervised_loss(model, inputs, smoothing, self.head, balancing)
         if not evaluating:
             self.throughput.add(inputs, supervised)
         else:

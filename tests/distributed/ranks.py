@@ -18,6 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import finetune  # noqa: E402
 from recipe import console  # noqa: E402
 from recipe.distributed import engines, weights  # noqa: E402
+from recipe.model.experts import is_routed_weight  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -32,6 +33,13 @@ class Watched(finetune.RecipeTrainer):
         Watched.last = self
 
 
+def bytes_here(parameter):
+    """Bytes of a parameter, or of the part of it, that this process holds."""
+    part = getattr(parameter, "ds_tensor", parameter)
+    part = part.to_local() if hasattr(part, "to_local") else part
+    return part.numel() * part.element_size()
+
+
 def engine(trainer):
     """What really ran: the classes of the wrapped model and of its parameters, and how many of them are in parts."""
     parameters = list(trainer.model.parameters())
@@ -40,6 +48,7 @@ def engine(trainer):
         "stage": trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0,
         "partitioned": sum(hasattr(p, "ds_id") or type(p).__name__ == "DTensor" for p in parameters),
         "parameters": len(parameters),
+        "expert_bytes": sum(bytes_here(p) for name, p in trainer.model.named_parameters() if is_routed_weight(name)),
         "leaves": sorted(type(m).__name__ for m in trainer.model.modules() if getattr(m, "_z3_leaf", False)),
     }
 

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from helpers import ROOT
 from recipe.distributed.engines import ENGINES, Mode, Verdict
@@ -150,7 +151,12 @@ def jobs(label, folder, tiny_model, qwen3, moe, hybrid, data):
         ]
         yield f"{mode} hybrid", {"argv": argv(hybrid, folder / f"{mode} hybrid", 2, *packed, *no_dropout)}
     if not offloads:
-        yield "experts", {"argv": argv(moe, folder / "moe", 1, "--max_steps", "3", "--save_strategy", "no")}
+        three = ["--max_steps", "3", "--save_strategy", "no"]
+        yield "experts", {"argv": argv(moe, folder / "moe", 1, *three)}
+        for mode, flags in list(MODES.items())[1:]:
+            more = [*flags, "--lora_experts", "True", "--lora_r", "8", "--gradient_checkpointing", "True"]
+            name = f"experts {mode}"
+            yield name, {"argv": argv(moe, folder / name, 1, *three, *more), "gather": folder / f"{name}.pt"}
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +257,21 @@ def test_a_mixture_of_experts_trains_as_in_one_process(ran, engine):
     result = ran(engine)["experts"]
     assert log(result, "loss") == pytest.approx(log(ran("one process")["experts"], "loss"), rel=1e-4)
     assert result["leaves"] or engine != "ZeRO-3"  # a layer of experts is gathered at once
+
+
+@pytest.mark.parametrize("mode", [Mode.LORA, Mode.QLORA])
+@pytest.mark.parametrize("engine", [label for label in WHOLE if label in SHARED])
+def test_adapters_of_experts_train_as_in_one_process(ran, engine, mode):
+    name = f"experts {mode}"
+    result, alone = ran(engine), ran("one process")
+    assert log(result[name], "loss") == pytest.approx(log(alone[name], "loss"), rel=1e-4)
+    assert log(result[name], "grad_norm") == pytest.approx(log(alone[name], "grad_norm"), rel=1e-3)
+    assert alone[name]["expert_bytes"] == 2 * 4 * 3 * 64 * 32 * (4 if mode == Mode.LORA else 0.5)
+    assert result[name]["expert_bytes"] == alone[name]["expert_bytes"] / (2 if ENGINES[engine].shards_weights else 1)
+    saved = load_file(result["folder"] / name / "adapter_model.safetensors")
+    assert sum(".experts." in weight for weight in saved) == 8
+    for weight, trained in torch.load(result["folder"] / f"{name}.pt").items():
+        assert torch.equal(saved[weight.replace(".default", "")], trained)
 
 
 @pytest.mark.parametrize("mode", MODES)
