@@ -171,6 +171,10 @@ class TrainingArguments(transformers.TrainingArguments):
                 say("--tf32 is for GPUs and is left out on this CPU.")
                 self.tf32 = None
             choose_float32()
+        if self.bf16 is None and self.fp16 is None:
+            resumed = checkpoints.recorded_precision(self.resume_from_checkpoint, self.output_dir)
+            if resumed:  # what is fast here may be another precision today
+                self.bf16, self.fp16 = resumed == "bfloat16", resumed == "float16"
         best = best_dtype(self.use_cpu)
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
@@ -564,7 +568,8 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
         try:
             weights.refuse_infinite(state)  # before anything good is written over
             trainer._save(output_dir, state_dict=state)
-            checkpoints.verify_saved(output_dir, state, trainer.weights_have_moved())
+            names = set() if args.use_lora else checkpoints.names_in_base(model, args.cache_dir)
+            checkpoints.verify_saved(output_dir, state, trainer.weights_have_moved(), names)
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
@@ -601,9 +606,11 @@ def run(model_args, data_args, training_args, lora_args):
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args, data_args.pack_tokens)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
-    record = checkpoints.record(model_args, data_args, training_args, lora_args, train_dataset)
+    record = checkpoints.describe_run(model_args, data_args, training_args, lora_args, train_dataset)
     if training_args.resume_from_checkpoint:
-        checkpoints.compare(training_args.resume_from_checkpoint, record, training_args.ignore_data_skip)
+        checkpoints.refuse_changed_run(
+            training_args.resume_from_checkpoint, record, ARGUMENTS, training_args.ignore_data_skip
+        )
 
     if data_args.preview or data_args.validate_only or data_args.dump_tokens:
         report.look(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})})

@@ -55,9 +55,11 @@ def _trained(model, args, lora_args):
     kind = "all weights, float32 masters"
     if args.use_lora:
         config = model.peft_config["default"]
-        names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+        names = getattr(config, "target_modules", None) or []
+        names = [names] if isinstance(names, str) else names
         adapted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {adapted}"
+        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}" if config.peft_type == "LORA" else config.peft_type
+        kind += f", on {adapted}" * bool(adapted)
         kind += ", base in 4 bits (NF4)" * lora_args.q_lora
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
 
