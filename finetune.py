@@ -166,6 +166,10 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.tf32:
                 say("--tf32 is for GPUs and is left out on this CPU.")
                 self.tf32 = None
+        if self.bf16 is None and self.fp16 is None:
+            resumed = checkpoints.recorded_precision(self.resume_from_checkpoint, self.output_dir)
+            if resumed:  # what is fast here may be another precision today
+                self.bf16, self.fp16 = resumed == "bfloat16", resumed == "float16"
         best = best_dtype(self.use_cpu)
         if self.bf16 is None and self.fp16 is None:
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
@@ -478,7 +482,7 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
                 base.copy_processor(output_dir)
             trainer._save(output_dir, state_dict=state)
             moved = trainer.weights_have_moved()
-            checkpoints.verify_saved(output_dir, state, moved, names=names if rows is None else None)
+            checkpoints.verify_saved(output_dir, state, moved, names if rows is None else None)
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
@@ -519,9 +523,11 @@ def run(model_args, data_args, training_args, lora_args):
     if training_args.use_lora and not lora_args.lora_weight_path:
         experts.check(config, lora_args.lora_experts, lora_args.lora_target_modules)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
-    record = checkpoints.record(model_args, data_args, training_args, lora_args, train_dataset)
+    record = checkpoints.describe_run(model_args, data_args, training_args, lora_args, train_dataset)
     if training_args.resume_from_checkpoint:
-        checkpoints.compare(training_args.resume_from_checkpoint, record, training_args.ignore_data_skip)
+        checkpoints.refuse_changed_run(
+            training_args.resume_from_checkpoint, record, ARGUMENTS, training_args.ignore_data_skip
+        )
 
     if report.inspect(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})}):
         return {}

@@ -97,7 +97,7 @@ def _folders(model_args, training_args):
         raise UserError(f"--output_dir {folder}: is a file; expected a folder, or a new name.")
     if os.path.realpath(folder) == os.path.realpath(model_args.model_name_or_path):
         raise UserError(f"--output_dir {folder}: is the model to start from; name another folder.")
-    training_args.resume_from_checkpoint = checkpoints.find(training_args.resume_from_checkpoint, folder)
+    training_args.resume_from_checkpoint = checkpoints.find_checkpoint(training_args.resume_from_checkpoint, folder)
 
 
 def _sampling(data_args, training_args):

@@ -49,7 +49,7 @@ def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[s
     The parts of one tensor at a time are put together: a GPU holds one whole tensor, main memory one model.
 
     Args:
-        model: The unwrapped model; of one with an adapter only the trained tensors are gathered.
+        model: The unwrapped model; of one with an adapter only what is trained, and what peft saves beside it.
         keep: Whether this rank writes them; the others only take part.
         rows: How many rows of every tensor of a whole model to keep (None: all).
 
@@ -59,9 +59,14 @@ def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[s
     adapter = hasattr(model, "peft_config")
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if adapter and not tensor.requires_grad:
-            continue
+    tensors = model.state_dict(keep_vars=True)
+    if adapter:
+        from peft import get_peft_model_state_dict
+
+        saved = get_peft_model_state_dict(model, tensors, save_embedding_layers=False).values()
+        beside = {id(tensor) for tensor in saved}  # such as the frozen projections of VeRA
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad or id(tensor) in beside}
+    for name, tensor in tensors.items():
         if id(tensor) not in seen:
             full = gather_full(tensor)
             if full.data_ptr() != tensor.data_ptr():  # it was in parts

@@ -61,9 +61,11 @@ def _trained(model, args, lora_args):
     kind = "all weights, float32 masters"
     if args.use_lora:
         config = model.peft_config["default"]
-        names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+        names = getattr(config, "target_modules", None) or []
+        names = [names] if isinstance(names, str) else names
         adapted = {name.rsplit(".", 1)[-1] for name in names}
-        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}, on {', '.join(sorted(adapted))}"
+        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}" if config.peft_type == "LORA" else config.peft_type
+        kind += f", on {', '.join(sorted(adapted))}" * bool(adapted)
         gates = {part for name in adapter.gates(model) for part in name.split(".") if part in adapter.GATES - adapted}
         if gates:
             kind += f" (not on the gates {', '.join(sorted(gates))}, which --lora_target_modules can name)"

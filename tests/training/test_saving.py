@@ -1,5 +1,7 @@
-"""What is written is opened again; what changed since a checkpoint is told before weights load; engines' settings."""
+"""What is written is opened again; what changed since a checkpoint was saved is refused before weights load."""
 
+import ast
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +14,11 @@ from safetensors.torch import load_file, save_file
 import finetune
 from helpers import ROOT, ROWS, argv, history, write
 from recipe.console import UserError
+from recipe.dataset.conversations import Conversations
+from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import weights
+from recipe.distributed.engines import ENGINES
+from recipe.model.base_files import BaseFiles
 from recipe.training import checkpoints
 
 
@@ -150,10 +156,87 @@ def test_an_evaluation_that_fails_at_the_end_costs_no_weights(tiny_model, data, 
     checkpoints.verify_saved(tmp_path / "out", moved=True)
 
 
+def calls(tree, *names):
+    """Calls in a module of a function or method with one of these names, such as `torch.load`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(names):
+            yield node
+
+
 def test_nothing_replaces_a_models_state_dict_and_no_pickle_is_loaded():
-    for path in ROOT.glob("*.py"):
-        assert "state_dict =" not in path.read_text().replace("state_dict=", ""), path
-        assert "torch.load(" not in path.read_text(), path
+    modules = [*ROOT.glob("*.py"), *(ROOT / "recipe").rglob("*.py"), *(ROOT / "demo").glob("*.py")]
+    assert len(modules) > 30
+    for path in modules:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        targets = [t for node in ast.walk(tree) if isinstance(node, ast.Assign) for t in node.targets]
+        assert not [t for t in targets if isinstance(t, ast.Attribute) and t.attr == "state_dict"], path
+        assert not list(calls(tree, "torch.load", "pickle.load", "pickle.loads", "Unpickler")), path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters of any type, and names
+
+
+ADAPTERS = {
+    "VeRA": lambda peft: peft.VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "o_proj"]),
+    "OFT": lambda peft: peft.OFTConfig(task_type="CAUSAL_LM", oft_block_size=16, target_modules=["q_proj", "v_proj"]),
+    "IA3": lambda peft: peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "LoHa": lambda peft: peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_other_types_are_continued_saved_and_resumed(tiny_model, data, tmp_path, capsys, kind):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), ADAPTERS[kind](peft))
+    model.save_pretrained(tmp_path / "start")
+    more = ["--lora_weight_path", tmp_path / "start", "--save_steps", 3, "--save_strategy", "steps", "--seed", 1]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    finetune.train([*argv(tiny_model, data, whole), *map(str, more)])
+    assert "parameters (" in capsys.readouterr().out
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    finetune.train([*argv(tiny_model, data, resumed), *map(str, more), "--resume_from_checkpoint", "auto"])
+    assert history(resumed, "loss") == pytest.approx(history(whole, "loss"), rel=1e-5)
+    start, trained = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "start", whole))
+    assert start.keys() == trained.keys()
+    assert any(not torch.equal(start[name], trained[name]) for name in start)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(whole)
+    saved = peft.get_peft_model_state_dict(loaded)
+    assert all(torch.equal(saved[name], trained[name]) for name in trained)
+
+
+def test_a_whole_model_has_the_names_of_the_base_models_files(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    state = weights.gather_state_dict(model, keep=True)
+    model.save_pretrained(tmp_path, state_dict=state)
+    names = BaseFiles(model).names()
+    checkpoints.verify_saved(tmp_path, state, base_names=names)
+    path = tmp_path / "model.safetensors"
+    renamed = {
+        name.replace("model.layers", "model.language_model.model.layers"): t for name, t in load_file(path).items()
+    }
+    save_file(renamed, path, metadata={"format": "pt"})
+    checkpoints.verify_saved(tmp_path, state)
+    with pytest.raises(
+        UserError, match="24 of 26 tensors have names .* the first is model.language_model.model.layers"
+    ):
+        checkpoints.verify_saved(tmp_path, state, base_names=names)
+
+
+def test_a_base_model_without_an_output_head_has_names_without_its_prefix(tiny_model, data, tmp_path):
+    from transformers import AutoModel
+
+    shutil.copytree(tiny_model, tmp_path / "bare")
+    AutoModel.from_pretrained(tiny_model).save_pretrained(tmp_path / "bare")
+    assert "embed_tokens.weight" in load_file(tmp_path / "bare" / "model.safetensors")
+    finetune.train(argv(tmp_path / "bare", data, tmp_path / "out", "--max_steps", 1))
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "out" / "model.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,14 +245,14 @@ def test_nothing_replaces_a_models_state_dict_and_no_pickle_is_loaded():
 
 def test_auto_takes_the_newest_complete_checkpoint(tiny_model, data, run, capsys):
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
-    assert checkpoints.find("auto", run) == str(run / "checkpoint-6")
+    assert checkpoints.find_checkpoint("auto", run) == str(run / "checkpoint-6")
     (run / "checkpoint-6" / checkpoints.COMPLETE).unlink()
-    assert checkpoints.find("auto", run) == str(run / "checkpoint-4")
+    assert checkpoints.find_checkpoint("auto", run) == str(run / "checkpoint-4")
     assert "checkpoint-6: left out: it was not written to its end" in capsys.readouterr().out
     path = run / "checkpoint-4" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="holds no complete checkpoint"):
-        checkpoints.find("auto", run)
+        checkpoints.find_checkpoint("auto", run)
 
 
 def test_auto_starts_from_the_beginning_where_there_is_no_checkpoint(tiny_model, data, tmp_path, capsys):
@@ -178,20 +261,124 @@ def test_auto_starts_from_the_beginning_where_there_is_no_checkpoint(tiny_model,
     assert len(history(tmp_path / "out", "loss")) == 6
 
 
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+
+
 @pytest.mark.parametrize(
     "more, told",
     [
-        (["--lora_r", 8], r"the adapter changed since it was saved \(lora_r 64 then, 8 now\); .*--lora_weight_path"),
-        (["--q_lora"], r"the mode changed .*\(LoRA then, QLoRA now\)"),
-        (["--per_device_train_batch_size", 2], r"rows a step changed .*\(4 then, 2 now\).*--ignore_data_skip True"),
-        (["--seed", 7], "the seed changed"),
+        (["--lora_r", 8], r"--lora_r \(64 then, 8 now\) changed since it was saved; set it back.*--lora_weight_path"),
+        (["--q_lora"], r"the mode \(LoRA then, QLoRA now\) changed"),
+        (["--lora_bias", "all"], r"--lora_bias \(none then, all now\)"),
+        (["--rope_scaling", "yarn"], r"--rope_scaling \(None then, yarn now\)"),
+        (["--optim", "adafactor"], r"--optim \(adamw_torch then, adafactor now\)"),
+        (["--per_device_train_batch_size", 2], r"rows a step \(4 then, 2 now\).*--ignore_data_skip True"),
+        (["--seed", 7], r"--seed \(42 then, 7 now\)"),
+        (["--thinking", "strip"], r"--thinking \(auto then, strip now\).*--ignore_data_skip True"),
+        (["--train_on", "last_turn"], r"--train_on \(all_turns then, last_turn now\)"),
+        (["--model_max_length", 100], r"--model_max_length \(2048 then, 100 now\)"),
+        (["--overlong", "truncate"], r"--overlong \(drop then, truncate now\)"),
+        (["--pack_tokens", 2048], r"--pack_tokens \(None then, 2048 now\)"),
+        (["--train_sampling_strategy", "sequential"], r"--train_sampling_strategy \(random then, sequential now\)"),
+        (["--chat_template", "mine.jinja"], "the chat template changed"),
+        (
+            ["--lora_r", 8, "--seed", 7],
+            r"--lora_r .*, --seed .* changed since it was saved; set them back, or start a new",
+        ),
     ],
-    ids=["adapter", "mode", "batch", "seed"],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_resumed_is_told_before_weights_load(tiny_model, data, run, monkeypatch, more, told):
     monkeypatch.setattr(finetune, "load_model", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.chdir(run)
+    (run / "mine.jinja").write_text(TEMPLATE)
     with pytest.raises(UserError, match=told):
         again(run, tiny_model, data, *more)
+
+
+def test_what_changes_the_course_of_training_is_printed_and_what_changes_nothing_is_not(tiny_model, data, run, capsys):
+    (run / "checkpoint-6" / checkpoints.COMPLETE).unlink()
+    again(run, tiny_model, data, "--logging_steps", 2, "--save_total_limit", 1, "--run_name", "other")
+    assert "there have changed" not in capsys.readouterr().out
+    more = ["--label_smoothing_factor", 0.1, "--max_grad_norm", 0.5, "--learning_rate", 1e-3, "--lora_dropout", 0.1]
+    more += ["--neftune_noise_alpha", 5, "--num_train_epochs", 4, "--bf16", "True"]
+    again(run, tiny_model, data, *more)
+    said = capsys.readouterr().out
+    for part in (
+        "the precision (float32 then, bfloat16 now)", "--label_smoothing_factor (0.0 then, 0.1 now)",
+        "--max_grad_norm (1.0 then, 0.5 now)", "--neftune_noise_alpha (None then, 5.0 now)",
+        "--learning_rate (0.01 then, 0.001 now; the optimizer keeps what it has)",
+        "--lora_dropout (0.05 then, 0.1 now)", "--num_train_epochs (3.0 then, 4.0 now)",
+    ):  # fmt: skip
+        assert part in said
+    assert "--weight_decay" not in said.split("there have changed")[1].split("\n")[0]
+
+
+def test_other_rows_are_gone_on_with_where_the_user_says_so(tiny_model, data, run, capsys):
+    (run / "checkpoint-6" / checkpoints.COMPLETE).unlink()
+    again(run, tiny_model, data, "--seed", 7, "--train_on", "last_turn", "--ignore_data_skip", "True")
+    assert "--train_on (all_turns then, last_turn now), --seed (42 then, 7 now)" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
+
+
+def edited(run, change):
+    path = run / "checkpoint-6" / checkpoints.COMPLETE
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_a_flag_that_was_added_since_had_its_default(tiny_model, data, run):
+    edited(run, lambda record: [record["flags"].pop(name) for name in ("lora_bias", "overlong", "neftune_noise_alpha")])
+    again(run, tiny_model, data)
+    with pytest.raises(UserError, match=r"--lora_bias \(none then, all now\) changed"):
+        again(run, tiny_model, data, "--lora_bias", "all")
+    with pytest.raises(UserError, match=r"--overlong \(drop then, truncate now\) changed"):
+        again(run, tiny_model, data, "--overlong", "truncate")
+
+
+def test_every_flag_is_compared_or_left_out_on_purpose(tiny_model, data, tmp_path):
+    """A new flag is compared without being listed anywhere."""
+    added = dataclasses.make_dataclass(
+        "LoraArguments", [("lora_new", int, dataclasses.field(default=3))], bases=(finetune.LoraArguments,)
+    )
+    arguments = finetune.parse(argv(tiny_model, data, tmp_path, "--use_lora"))
+    tokenizer = finetune.load_tokenizer(arguments[0], arguments[2])
+    dataset = finetune.SupervisedDataset(Conversations([str(data)]), ChatEncoder(tokenizer), 512)
+    old = checkpoints.describe_run(*arguments, dataset)
+    (tmp_path / checkpoints.COMPLETE).write_text(json.dumps(old))
+    classes = (*finetune.ARGUMENTS[:3], added)
+    now = checkpoints.describe_run(*arguments[:3], added(), dataset)
+    checkpoints.refuse_changed_run(str(tmp_path), now, classes, False)
+    with pytest.raises(UserError, match=r"--lora_new \(3 then, 4 now\) changed"):
+        now = checkpoints.describe_run(*arguments[:3], added(lora_new=4), dataset)
+        checkpoints.refuse_changed_run(str(tmp_path), now, classes, False)
+    known = {field.name for part in finetune.ARGUMENTS for field in dataclasses.fields(part)}
+    newest = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # since transformers 5.23
+    assert (
+        checkpoints.NOT_COMPARED - newest <= known and checkpoints.FLAGS.keys() | checkpoints.KEPT_BY_OPTIMIZER <= known
+    )
+
+
+def test_a_checkpoint_without_flags_is_resumed_as_far_as_it_says(tiny_model, data, run, capsys):
+    edited(run, lambda record: record.pop("flags"))
+    again(run, tiny_model, data, "--train_on", "last_turn")
+    assert "what has changed since is not known" in capsys.readouterr().out
+    with pytest.raises(UserError, match="rows a step"):
+        again(run, tiny_model, data, "--per_device_train_batch_size", 2)
+
+
+def test_a_resumed_run_computes_in_the_precision_it_was_saved_in(tiny_model, data, tmp_path):
+    for precision in ("True", "False"):
+        out = tmp_path / precision
+        words = argv(tiny_model, data, out, "--use_lora", "--save_strategy", "steps", "--save_steps", 2)
+        words[words.index("--bf16") + 1] = precision
+        finetune.train([*words, "--max_steps", "2"])
+        del words[words.index("--bf16") : words.index("--bf16") + 2]
+        args = finetune.parse([*words, "--resume_from_checkpoint", "auto"])[2]
+        assert (args.bf16, args.fp16) == (precision == "True", False)
 
 
 def test_other_data_and_another_base_model_are_noticed(tiny_model, tiny_copy, data, run, tmp_path):
@@ -206,28 +393,23 @@ def test_other_data_and_another_base_model_are_noticed(tiny_model, tiny_copy, da
         again(run, tiny_copy, data)
 
 
-@pytest.mark.parametrize(
-    "engine, then, now, fits",
-    [
-        ("DDP", 2, 4, True),
-        ("ZeRO-2", 2, 4, False),
-        ("ZeRO-3", 4, 2, False),
-        ("FSDP2", 2, 4, True),
-    ],
-)
-def test_other_numbers_of_processes_are_resumed_where_the_engine_can(tmp_path, engine, then, now, fits):
-    record = {
-        "base model": "m", "mode": "LoRA", "adapter": {}, "engine": engine, "processes": then, "rows a step": 8,
-        "seed": 1, "data": "d", "schedule": [],
-    }  # fmt: skip
-    (tmp_path / checkpoints.COMPLETE).write_text(json.dumps(record))
-    if fits:
-        checkpoints.compare(tmp_path, {**record, "processes": now}, False)
+@pytest.mark.parametrize("then", ENGINES.values(), ids=lambda engine: engine.label)
+@pytest.mark.parametrize("now", ENGINES.values(), ids=lambda engine: engine.label)
+def test_another_engine_or_number_of_processes_is_resumed_where_the_engine_can(tmp_path, then, now):
+    facts = {**dict.fromkeys(checkpoints.FACTS, "same"), "processes": 2, "flags": {}}
+    (tmp_path / checkpoints.COMPLETE).write_text(json.dumps({**facts, "mode": "LoRA", "engine": then.label}))
+    resumed = {**facts, "mode": "LoRA", "engine": now.label}
+    labels = {then.label.split()[0], now.label.split()[0]}
+    if labels == {then.label.split()[0]} or labels == {"one", "DDP"}:
+        checkpoints.refuse_changed_run(str(tmp_path), resumed, finetune.ARGUMENTS, False)
     else:
-        with pytest.raises(UserError, match=f"the processes changed .*{then} then, {now} now.*--lora_weight_path"):
-            checkpoints.compare(tmp_path, {**record, "processes": now}, False)
-    with pytest.raises(UserError, match="the engine changed"):
-        checkpoints.compare(tmp_path, {**record, "engine": "FSDP2" if engine != "FSDP2" else "ZeRO-2"}, False)
+        with pytest.raises(UserError, match=rf"the engine \({then.label} then, {now.label} now\) changed"):
+            checkpoints.refuse_changed_run(str(tmp_path), resumed, finetune.ARGUMENTS, False)
+    if then == now and "ZeRO" in now.label:
+        with pytest.raises(UserError, match=r"the processes \(2 then, 4 now\) changed .*--lora_weight_path"):
+            checkpoints.refuse_changed_run(str(tmp_path), {**resumed, "processes": 4}, finetune.ARGUMENTS, False)
+    elif then == now:
+        checkpoints.refuse_changed_run(str(tmp_path), {**resumed, "processes": 4}, finetune.ARGUMENTS, False)
 
 
 def test_rows_that_are_skipped_on_resume_are_not_tokenised(tiny_model, tmp_path, monkeypatch):
