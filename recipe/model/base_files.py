@@ -47,7 +47,8 @@ class BaseFiles:
         cache_dir: folder for downloaded files; None means the hub's own.
 
     Attributes:
-        tensors: {name of a tensor: path of its file}; empty if the checkpoint has no safetensors files.
+        tensors: {name of a tensor: (path of its file, name there)}; empty if the checkpoint has no safetensors files.
+            The files of a model without an output head lack the prefix that its layers have in one with a head.
     """
 
     def __init__(self, model: PreTrainedModel, cache_dir: str | None = None):
@@ -55,10 +56,12 @@ class BaseFiles:
         self.tensors = {}
         for path in self._weight_files():
             with safe_open(path, "pt") as file:
-                self.tensors.update(dict.fromkeys(file.keys(), path))
+                self.tensors.update({name: (path, name) for name in file.keys()})
         self._shapes = _without_numbers(model)
         # What `save_pretrained` does, so that these are the names in the files.
         self._written = revert_weight_conversion(model, dict(self._shapes))
+        if not self.tensors.keys() & self._written.keys():
+            self.tensors = {f"{model.base_model_prefix}.{name}": source for name, source in self.tensors.items()}
 
     def _find(self, name):
         return cached_file(
@@ -103,8 +106,9 @@ class BaseFiles:
         return {name: self._read(source) for name, source in sources.items() if source in self.tensors}
 
     def _read(self, name):
-        with safe_open(self.tensors[name], "pt") as file:
-            return file.get_tensor(name)
+        path, there = self.tensors[name]
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(there)
 
     def copy_processor(self, folder: str) -> None:
         """Copy the configurations of the image and video processors into a folder."""

@@ -97,7 +97,7 @@ def describe_run(model_args: Any, data_args: Any, training_args: Any, lora_args:
     Returns:
         {name: value} in types of JSON: those of FACTS, and {flag: value} of the compared flags under "flags".
     """
-    args, tokenizer = training_args, dataset.encoder.tokenizer
+    args, tokenizer = training_args, dataset.tokeniser.encoder.tokenizer
     each = args.per_device_train_batch_size * args.gradient_accumulation_steps
     classes = [model_args, data_args, args, *([lora_args] if args.use_lora else [])]
     flags = {field.name: getattr(part, field.name) for part in classes for field in dataclasses.fields(part)}
