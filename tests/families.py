@@ -42,13 +42,25 @@ VISION = {  # family: (text configuration, vision configuration, further fields)
     "qwen3_5_moe": ({**SIZE, **DELTA, **SHARED}, TOWER),
     "gemma3": (
         {**SIZE, **WINDOW},
-        dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4),
+        dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+        ),
     ),
 }
-MTP = ("qwen3_5", "qwen3_5_moe")  # their checkpoints hold layers that predict further tokens, which transformers ignores
+MTP = (
+    "qwen3_5",
+    "qwen3_5_moe",
+)  # their checkpoints hold layers that predict further tokens, which transformers ignores
 
 
-def family(name: str, folder: pathlib.Path, tokenizer: pathlib.Path, dtype: torch.dtype = torch.float32) -> pathlib.Path:
+def family(
+    name: str, folder: pathlib.Path, tokenizer: pathlib.Path, dtype: torch.dtype = torch.float32
+) -> pathlib.Path:
     """Write a random checkpoint of a family into `folder`, with the tokenizer of another folder.
 
     Args:

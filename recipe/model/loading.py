@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # its import takes seconds, and --help needs none of it
 # What the libraries raise for files that are missing, cut off, of another format or of another model.
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
+
 @dataclass(frozen=True)
 class Pretrained:
     """A model folder or a model of the hub, and how its files are read.
