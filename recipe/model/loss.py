@@ -10,13 +10,14 @@ bfloat16, three digits (benchmarks/RESULTS.md); here it is summed in float32.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recipe.console import UserError, say
+from recipe.dataset.collator import Batch
 from recipe.dataset.encoding import IGNORE_INDEX
 
 # Positions whose logits exist at a time: enough for full speed; with a vocabulary of 152,000 they and their copies take
@@ -146,7 +147,7 @@ def fuse_loss_into_head(model: PreTrainedModel) -> FusedHead | None:
 
 def supervised_loss(
     model: nn.Module,
-    batch: Mapping,
+    batch: Batch,
     label_smoothing: float = 0.0,
     head: FusedHead | None = None,
     balancing: float = 0.0,
