@@ -46,13 +46,14 @@ def run(stage, seconds):
     from demo.demo_model import demo_model
 
     model = stage("get the model", demo_model)
+    import torch
     import transformers
 
     import finetune
-    from merge import merge
     from recipe.dataset.conversations import Conversations
     from recipe.dataset.encoding import ChatEncoder
     from recipe.training import answers  # imports torch: after the download, which does not need it
+    from recipe.training.merging import merge
 
     transformers.utils.logging.disable_progress_bar()
     source = Conversations([TRAINING["--data_path"].replace("train", "validation")])
@@ -67,7 +68,7 @@ def run(stage, seconds):
     print("\npython finetune.py " + " ".join(argv))
     stage("fine-tune", finetune.train, argv)
     after, answers_after, _ = stage("measure after", measure, OUTPUT)
-    difference = stage("merge", merge, OUTPUT, OUTPUT + "-merged")
+    difference = stage("merge", merge, OUTPUT, OUTPUT + "-merged", torch.bfloat16)
 
     print("\n60 held-out conversations   before    after")
     for name in ("exact_match", "valid_json", "eval_loss"):

@@ -176,12 +176,19 @@ def outside_decoder(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str, is_trainable: bool = False, cache_dir: str | None = None
+    model: PreTrainedModel, folder: str, is_trainable: bool = False, cache_dir: str | None = None, **options
 ) -> "PeftModel":
     """Put the adapter of a folder, or of the hub, on its base model.
 
     An adapter of a vision checkpoint that was trained as the text class of its family, whose layers have shorter names,
     is put in its place, too.
+
+    Args:
+        model: the base model.
+        folder: folder or hub name of the adapter.
+        is_trainable: whether the adapter will be trained on.
+        cache_dir: folder for downloaded files; None means the hub's own.
+        options: further arguments of `PeftModel.from_pretrained`.
 
     Raises:
         UserError: the adapter cannot be loaded, or some of its weights find no place in the model.
@@ -189,26 +196,61 @@ def load_adapter(
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    mapping = None
     try:
         config = PeftConfig.from_pretrained(folder, cache_dir=cache_dir)
         saved = set(load_peft_weights(folder, device="cpu", cache_dir=cache_dir))
-        prefix = decoder_name(model) + "."
-        if not any(f".{prefix}" in name for name in saved):
-            mapping = {r"^model\.": prefix}
-            saved = {name.replace("base_model.model.model.", f"base_model.model.{prefix}", 1) for name in saved}
-            if isinstance(config.target_modules, set):
-                config.target_modules = {re.sub(r"^model\.", prefix, name) for name in config.target_modules}
+        if mapping := adapter_mapping(model, saved):
+            saved = set(load_peft_weights(folder, device="cpu", cache_dir=cache_dir, key_mapping=mapping))
+            _name_whole_model(config, model, saved)
+        options |= {"is_trainable": is_trainable, "config": config, "key_mapping": mapping, "cache_dir": cache_dir}
         with experts.whole_shapes(model):
-            adapted = PeftModel.from_pretrained(
-                model, folder, is_trainable=is_trainable, config=config, key_mapping=mapping, cache_dir=cache_dir
-            )
+            adapted = PeftModel.from_pretrained(model, folder, **options)
     except (*LOADING_ERRORS, TypeError) as error:
         raise UserError(f"{folder}: cannot be loaded as an adapter: {one_line(error)}") from None
-    if odd := sorted(saved ^ set(get_peft_model_state_dict(adapted))):
+    placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if odd := sorted((saved ^ placed) - set(adapted.state_dict())):  # an adapter may come with the base's embeddings
         raise UserError(f"{folder}: {len(odd)} adapter weights do not match the base model, the first is {odd[0]}.")
     experts.hand_over_factors(adapted)
     return adapted
+
+
+def adapter_mapping(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str] | None:
+    """Return how peft must rename the weights of an adapter that was trained as the text class of a checkpoint.
+
+    Args:
+        model: the base model.
+        names: names of the adapter's weights.
+
+    Returns:
+        {regular expression: replacement}, or None if the names are those of the base model.
+    """
+    prefix = f"{decoder_name(model)}."
+    return None if any(f".{prefix}" in name for name in names) else {r"^model\.": prefix}
+
+
+def _name_whole_model(config, model, names):
+    """Change the names of layers in an adapter's configuration as `adapter_mapping` changes those of its weights.
+
+    Ranks and scales that are set by patterns are looked up by the names that the layers had in training.
+    """
+    from peft.utils.other import get_pattern_key
+
+    def moved(name):
+        return re.sub(r"^model\.", prefix, name)
+
+    prefix, modules = f"{decoder_name(model)}.", dict(model.named_modules())
+    layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
+    for patterns, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)):
+        old = {layer: f"model.{layer.removeprefix(prefix)}" for layer in layers if patterns}
+        values = {layer: patterns.get(get_pattern_key(patterns, name), default) for layer, name in old.items()}
+        patterns.clear()
+        patterns.update(values)
+    config.target_modules = [name for name in layers if hasattr(modules.get(name), "weight")]  # not those of experts
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.target_parameters = [moved(name) for name in config.target_parameters or []] or None
+    config.modules_to_save = [moved(name) for name in config.modules_to_save or []] or None
+    if isinstance(config.trainable_token_indices, dict):
+        config.trainable_token_indices = {moved(name): ids for name, ids in config.trainable_token_indices.items()}
 
 
 def load(

@@ -1,101 +1,46 @@
 """Which tensors of a base model's files an adapter changes, and to what: by peft's own layers, on a model without weights."""
 
-import copy
-import os
-import re
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from transformers import PreTrainedConfig
 
 from recipe.console import UserError
+from recipe.model.loading import Pretrained, adapter_mapping, auto_class, load_adapter
 from recipe.model.weight_files import FLOATS, WeightFiles
+
+if TYPE_CHECKING:  # its import takes seconds
+    from peft import LoraConfig
 
 ADAPTER = "default"  # peft's name of an adapter that was not given one
 WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # what peft inserts into the names of parameters
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """An adapter and the base model that it is merged into.
 
     Attributes:
         adapter: the adapter's folder.
         settings: its peft.LoraConfig.
-        base: name of the base, as it was given.
-        folder: where the base's files lie.
-        config: the base's configuration, with the adapter's rope settings where it has its own.
+        name: the base, as it was named.
+        base: where its files lie, and how they are read.
+        config: its configuration, with the adapter's rope settings where the adapter has its own.
         stretched: whether it has.
-        files: the base's weights.
-        trust_remote_code: whether code that comes with the base may run.
-        renamed: {regular expression: replacement} for the names of the adapter's weights, see `_rename`.
+        files: its weights.
     """
 
     adapter: str
-    settings: Any
-    base: str
-    folder: str
-    config: Any
+    settings: "LoraConfig"
+    name: str
+    base: Pretrained
+    config: PreTrainedConfig
     stretched: bool
     files: WeightFiles
-    trust_remote_code: bool
-    renamed: dict[str, str] | None = None
-
-    @property
-    def model_class(self) -> Any:
-        """The class that the checkpoint names, which has a place for all its tensors, or AutoModelForCausalLM."""
-        import transformers
-
-        name = (self.config.architectures or [""])[0]
-        named = name.endswith(("ForCausalLM", "ForConditionalGeneration")) and getattr(transformers, name, None)
-        return named or transformers.AutoModelForCausalLM
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Read the adapter's weights, under the names that they have in a model of the base's class."""
-        from peft.utils import load_peft_weights
-
-        return load_peft_weights(self.adapter, device="cpu", key_mapping=self.renamed)
-
-    def weight_names(self) -> set[str]:
-        """Read the names alone, which leaves the weights on the disk."""
-        path = os.path.join(self.adapter, "adapter_model.safetensors")
-        if not os.path.exists(path):
-            return set(self.weights())
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-        for pattern, replacement in (self.renamed or {}).items():
-            names = {
-                re.sub(pattern.replace("^", r"^(base_model\.model\.)"), rf"\1{replacement}", name) for name in names
-            }
-        return names
-
-    def adapted(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
-        """Put the adapter on a model of the base's class, in evaluation mode.
-
-        Raises:
-            UserError: it does not fit, or some of its weights find no place.
-        """
-        from peft import PeftModel, get_peft_model_state_dict
-
-        options |= {"config": copy.deepcopy(self.settings), "key_mapping": self.renamed, "torch_device": "cpu"}
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of tied heads, which are looked after here
-                model = PeftModel.from_pretrained(model, self.adapter, **options)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.adapter}: does not fit the base model {self.base}: {one_line(error)}") from None
-        placed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-        odd = sorted((placed ^ self.weight_names()) - set(model.state_dict()))  # some hold embeddings of the base, too
-        if odd:
-            raise UserError(
-                f"{self.adapter}: {len(odd)} adapter weights do not match the base model {self.base}, the first is "
-                f"{odd[0]}."
-            )
-        return model.eval()
 
 
 @dataclass
@@ -122,6 +67,8 @@ class Plan:
         dtypes: {name in the files: dtype to write, a key of FLOATS}, where it is not the base's.
         added: {name in the files: (file, shape)} of a tensor that the base does not have.
         layers: {adapted layer, by its name in peft: parameter of the model that it changes}.
+        settings: the adapter's peft.LoraConfig, with the layers named as in a model of the base's class.
+        mapping: how peft must rename the adapter's weights, see `loading.adapter_mapping`.
         untied: whether the output head, tied to the embeddings in the base, has its own weights now.
     """
 
@@ -130,6 +77,8 @@ class Plan:
     dtypes: dict[str, str]
     added: dict[str, tuple[str, tuple[int, ...]]]
     layers: dict[str, str]
+    settings: "LoraConfig"
+    mapping: dict[str, str] | None
     untied: bool
 
     def dtype(self, files: WeightFiles, parameter: str) -> torch.dtype:
@@ -138,30 +87,29 @@ class Plan:
         return FLOATS[self.dtypes.get(name) or files.tensors[name].dtype]
 
 
-def one_line(error: Exception, length: int = 300) -> str:
-    """Return the text of a library's error as one line that ends with a full stop."""
-    return " ".join(str(error).split())[:length].rstrip(".") + "."
-
-
 def plan(source: Source, dtype: torch.dtype | None) -> Plan:
     """Find out which tensors change and how, without reading any of them.
 
     Args:
-        source: the adapter and its base; `renamed` and `settings` change where the adapter has names of another class.
+        source: the adapter and its base.
         dtype: precision of the merged model, None: the base's.
 
     Raises:
         UserError: the adapter does not fit the base, or its change cannot be put into the base's files.
     """
-    model, placeholder = _skeleton(source)
+    from peft.utils import load_peft_weights
+
+    model = _skeleton(source)
+    mapping = adapter_mapping(model, load_peft_weights(source.adapter, device="cpu"))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     places, converted = _places(model, source.files)
     tied = _tied(model)
-    _rename(source, model)
-    layers, changes = _changes(source, source.adapted(model, low_cpu_mem_usage=True), placeholder)
-    made = Plan(places, {}, _dtypes(source.files, dtype), {}, layers, False)
+    adapted = load_adapter(model, source.adapter, low_cpu_mem_usage=True, torch_device="cpu")
+    settings = adapted.peft_config[ADAPTER]
+    layers, changes = _changes(source, adapted)
+    made = Plan(places, {}, _dtypes(source.files, dtype), {}, layers, settings, mapping, False)
     if tied:
-        made.untied = _head_differs(model, source.settings, changes, *tied)
+        made.untied = _head_differs(model, settings, changes, *tied)
         _settle_head(made, source.files, model, changes, *tied)
     for name, change in changes.items():
         _refuse_stored(source, name, places.get(name, []))
@@ -172,7 +120,7 @@ def plan(source: Source, dtype: torch.dtype | None) -> Plan:
         split = set(_in_files(model, name, torch.empty(shapes[name], device="meta")))
         if not change.delta or split != set(places[name]):
             raise UserError(
-                f"{source.adapter}: trains {name}, which the files of {source.base} hold in another layout; it cannot be "
+                f"{source.adapter}: trains {name}, which the files of {source.name} hold in another layout; it cannot be "
                 "merged tensor by tensor."
             )
         parts = _Parts(model, name, change.delta)
@@ -182,10 +130,10 @@ def plan(source: Source, dtype: torch.dtype | None) -> Plan:
 
 def _refuse_stored(source, name, stored):
     if not stored:
-        raise UserError(f"{source.adapter}: trains {name}, which the files of {source.base} do not hold.")
+        raise UserError(f"{source.adapter}: trains {name}, which the files of {source.name} do not hold.")
     for part in stored:
         if (kind := source.files.tensors[part].dtype) not in FLOATS:
-            raise UserError(f"{source.base}: {part} is stored as {kind}, expected one of {', '.join(FLOATS)}.")
+            raise UserError(f"{source.name}: {part} is stored as {kind}, expected one of {', '.join(FLOATS)}.")
 
 
 def _dtypes(files, dtype):
@@ -205,26 +153,21 @@ def _dtypes(files, dtype):
 
 
 def _skeleton(source):
-    """A model of the base's class whose weights are one zero, seen in their shapes, and that zero.
+    """A model of the base's class in which each weight is one zero that is seen in the weight's shape.
 
-    On the meta device peft would put the adapter there, too.
+    On the meta device, which takes no memory either, peft would put the adapter, too.
     """
-    kind = source.model_class
-    build = getattr(kind, "from_config", None)  # of an AutoModel
-    options = {"trust_remote_code": source.trust_remote_code} if build else {}
-    try:
-        with torch.device("meta"):
-            model = (build or kind._from_config)(source.config, **options)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{source.base}: its class is not known: {one_line(error)}") from None
-    placeholder = torch.zeros(())
+    options = {"trust_remote_code": True} if source.base.trust_remote_code else {}
+    with torch.device("meta"):
+        model = auto_class(source.config).from_config(source.config, **options)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                seen = placeholder.expand(parameter.shape)
-                module._parameters[name] = torch.nn.Parameter(seen, requires_grad=False)
+                zeros = torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
+                zeros.unread = True  # to tell it from what the adapter brings
+                module._parameters[name] = zeros
     model.tie_weights()
-    return model, placeholder
+    return model
 
 
 def _places(model, files):
@@ -263,38 +206,6 @@ def _tied(model):
     return f"{names[embedding]}.weight", f"{names[head]}.weight"
 
 
-def _rename(source, model):
-    """Let an adapter that was trained on the text-only class of a vision checkpoint find its layers in the whole model.
-
-    Its names begin at the decoder (model.layers), which is one of several parts here (model.language_model.layers).
-    """
-    from peft.utils.other import get_pattern_key
-
-    modules = dict(model.named_modules())
-    decoder = next(name for name, module in modules.items() if module is model.get_decoder())
-    keys = (key.removeprefix("base_model.model.").split(".lora_") for key in source.weight_names() if ".lora_" in key)
-    old = {_own_name(key[0]) for key in keys}
-    new = {_moved(name, decoder): name for name in old}
-    if old & set(modules) or not set(new) & set(modules):
-        return
-    source.renamed, settings = {r"^model\.": f"{decoder}."}, source.settings
-    for patterns, default in ((settings.rank_pattern, settings.r), (settings.alpha_pattern, settings.lora_alpha)):
-        values = {name: patterns.get(get_pattern_key(patterns, was), default) for name, was in new.items()}
-        patterns.clear()
-        patterns.update(values)
-    settings.target_modules = [name for name in new if hasattr(modules[name], "weight")]  # experts are parameters
-    settings.exclude_modules = settings.layers_to_transform = settings.layers_pattern = None
-    settings.target_parameters = [_moved(name, decoder) for name in settings.target_parameters or []] or None
-    settings.modules_to_save = [_moved(name, decoder) for name in settings.modules_to_save or []] or None
-    if isinstance(settings.trainable_token_indices, dict):
-        tokens = settings.trainable_token_indices.items()
-        settings.trainable_token_indices = {_moved(name, decoder): rows for name, rows in tokens}
-
-
-def _moved(name, decoder):
-    return re.sub(r"^model\.", f"{decoder}.", name)
-
-
 def _own_name(name):
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
@@ -303,7 +214,7 @@ def _own_name(name):
 # What the adapter does to each parameter
 
 
-def _changes(source, adapted, placeholder):
+def _changes(source, adapted):
     """Adapted layers as in `Plan.layers`, and {parameter of the model: Change}."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
@@ -319,7 +230,7 @@ def _changes(source, adapted, placeholder):
         elif isinstance(module, LoraLayer):
             layers[name] = f"{own}.weight"
             delta = None if module.lora_variant else partial(module.get_delta_weight, ADAPTER)
-            changes[layers[name]] = Change(partial(_merged, source, name, module, placeholder), delta)
+            changes[layers[name]] = Change(partial(_merged, source, name, module), delta)
             if module.lora_bias.get(ADAPTER):
                 bias = module.lora_B[ADAPTER].bias.detach() * module.scaling[ADAPTER]
                 changes[f"{own}.bias"] = Change(partial(_added, bias.clone))
@@ -334,7 +245,7 @@ def _changes(source, adapted, placeholder):
                 changes[f"{own}.{part}"] = Change(partial(_replaced, parameter.detach()))
     for name, parameter in adapted.get_base_model().named_parameters():  # biases, and what else the adapter holds whole
         of_adapter = any(part.startswith(("lora_", "modules_to_save", "trainable_tokens")) for part in name.split("."))
-        if not of_adapter and parameter.data_ptr() != placeholder.data_ptr():
+        if not of_adapter and not hasattr(parameter, "unread"):
             changes.setdefault(_own_name(name), Change(partial(_replaced, parameter.detach())))
     return layers, changes
 
@@ -353,19 +264,20 @@ def _replaced(tensor, weight, dtype):
     return tensor
 
 
-def _merged(source, name, layer, placeholder, weight, dtype):
-    """Let peft's layer merge itself into the base's tensor, which takes the placeholder's place meanwhile."""
+def _merged(source, name, layer, weight, dtype):
+    """Let peft's layer merge itself into the base's tensor, which takes the place of the zeros meanwhile."""
     base = layer.get_base_layer()
     before, bias = base.weight, getattr(base, "bias", None)
-    own = before.data_ptr() != placeholder.data_ptr()  # the adapter comes with the base's embeddings
-    base.weight = torch.nn.Parameter((before.detach().clone() if own else weight).float(), requires_grad=False)
+    if not hasattr(before, "unread"):  # the adapter comes with the base's embeddings
+        weight = before.detach().clone()
+    base.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
     if bias is not None:
         base.bias = torch.nn.Parameter(torch.zeros(bias.shape), requires_grad=False)
     try:
         layer.merge()
         return base.weight.detach()
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{source.adapter}: {name} cannot be merged: {one_line(error)}") from None
+        raise UserError(f"{source.adapter}: {name} cannot be merged: {' '.join(str(error).split())}") from None
     finally:
         base.weight = before
         if bias is not None:

@@ -8,15 +8,18 @@ import glob
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
+import transformers
 
 from recipe.console import UserError, say
+from recipe.model.loading import load_adapter
 from recipe.model.precision import dtype_name
 from recipe.model.weight_files import WeightFiles, read_json
 from recipe.training.memory import GB, free_memory
-from recipe.training.merge_plan import Plan, Source, one_line
+from recipe.training.merge_plan import Plan, Source
 
 TOLERANCE = 1e-4  # norm of the difference / norm of the logits, in float32; a good merge has some 1e-6
 ROUNDING = 1e-2  # the same after rounding to bfloat16 or float16, as a rule below this
@@ -49,9 +52,9 @@ def expected(source: Source, plan: Plan) -> Expected | None:
         )
         return None
     prompts = _prompts(source)
-    model = source.adapted(_load(source, source.folder, config=source.config))
+    model = load_adapter(source.base.model(source.config, torch.float32), source.adapter).eval()
     before = _logits(model, prompts)
-    if plan.untied or getattr(source.settings, "ensure_weight_tying", False):
+    if plan.untied or getattr(plan.settings, "ensure_weight_tying", False):
         _untie(model)  # else peft would merge both into the one tensor
     with warnings.catch_warnings(action="ignore"):  # of tied heads, see _untie
         model = model.merge_and_unload()
@@ -67,8 +70,21 @@ def expected(source: Source, plan: Plan) -> Expected | None:
     return Expected(prompts, before, _logits(model, prompts))
 
 
-def difference(source: Source, plan: Plan, expected: Expected | None, folder: str) -> float:
-    """Compare the merged folder with what is expected, and say what the precision and a 4-bit base change.
+def difference(
+    source: Source,
+    plan: Plan,
+    expected: Expected | None,
+    folder: str,
+    quantize: Callable[[torch.dtype], transformers.BitsAndBytesConfig] | None,
+) -> float:
+    """Compare the merged folder with what is expected, and say what its precision and a 4-bit base change.
+
+    Args:
+        source: what was merged.
+        plan: how.
+        expected: what `expected` returned.
+        folder: the merged folder.
+        quantize: function from the computing precision to how the base was held in 4 bits, for adapters trained so.
 
     Returns:
         The largest norm of a difference over the norm of what is expected, of logits or of samples of weights.
@@ -77,13 +93,24 @@ def difference(source: Source, plan: Plan, expected: Expected | None, folder: st
         UserError: the folder is not what was merged.
     """
     if expected:
-        apart, largest = _compare_logits(source, plan, expected, folder)
+        found = _logits(_merged(source, folder), expected.prompts)
+        apart, largest = _distance(expected.rounded, found), _distance(expected.adapter, found)
     else:
         apart, largest = _compare_weights(source, plan, folder)
     if not apart <= TOLERANCE:
         raise UserError(
             f"{source.adapter}: what was written differs from what was merged by {apart:.1e}, expected at most "
-            f"{TOLERANCE:.0e}; nothing is kept. Report the model {source.base} to this project."
+            f"{TOLERANCE:.0e}; nothing is kept. Report the model {source.name} to this project."
+        )
+    if expected and largest > ROUNDING:
+        dtype = plan.dtype(source.files, next(iter(plan.layers.values())))
+        say(f"rounding to {dtype_name(dtype)} changes the logits by {largest:.1e}; --dtype float32 keeps them.")
+    if expected and quantize and _trained_in_4_bits(source.adapter):
+        model = source.base.model(source.config, torch.float32, quantization_config=quantize(torch.float32))
+        there = _logits(load_adapter(model, source.adapter).eval(), expected.prompts)
+        say(
+            "the adapter was trained on the base in 4 bits; there its logits differ from the merged model's by "
+            f"{_distance(there, found):.1e}, which is what the 4 bits change."
         )
     return largest
 
@@ -92,15 +119,9 @@ def difference(source: Source, plan: Plan, expected: Expected | None, folder: st
 # Logits
 
 
-def _compare_logits(source, plan, expected, folder):
-    found = _logits(_load(source, folder), expected.prompts)
-    largest = _distance(expected.adapter, found)
-    if largest > ROUNDING:
-        dtype = plan.dtype(source.files, next(iter(plan.layers.values())))
-        say(f"rounding to {dtype_name(dtype)} changes the logits by {largest:.1e}; --dtype float32 keeps them.")
-    if _trained_in_4_bits(source.adapter):
-        _say_4_bits(source, expected.prompts, found)
-    return _distance(expected.rounded, found), largest
+def _merged(source, folder):
+    merged = replace(source.base, name_or_path=folder, named_by="the merged model in")
+    return merged.model(merged.config(), torch.float32).eval()
 
 
 def _distance(expected, found):
@@ -114,33 +135,12 @@ def _logits(model, prompts):
 
 def _prompts(source):
     """Token ids, each [1, tokens]: PROMPTS, and the tokens whose embeddings were trained."""
-    from transformers import AutoTokenizer
-
     trained = os.path.exists(os.path.join(source.adapter, "tokenizer_config.json"))
-    folder = source.adapter if trained else source.folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {one_line(error)}") from None
+    tokenizer = (replace(source.base, name_or_path=source.adapter) if trained else source.base).tokenizer()
     prompts = [tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
     tokens = source.settings.trainable_token_indices or []
     rows = sorted(set().union(*tokens.values())) if isinstance(tokens, dict) else tokens
     return [*prompts, torch.tensor([rows])] if rows else prompts
-
-
-def _load(source, folder, config=None, **options):
-    """The model of a folder in float32, in evaluation mode; UserError where its files lack some of its weights."""
-    kind = source.model_class
-    options |= {"trust_remote_code": True} if source.trust_remote_code else {}
-    try:
-        model, report = kind.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"{folder}: cannot be loaded as a model: {one_line(error)}") from None
-    if lacking := sorted(report["missing_keys"]):
-        raise UserError(f"{folder}: its files lack {len(lacking)} weights, the first is {lacking[0]}.")
-    return model.eval()
 
 
 def _untie(model):
@@ -165,35 +165,16 @@ def _trained_in_4_bits(adapter):
     return False
 
 
-def _say_4_bits(source, prompts, found):
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        say("the adapter was trained on the base in 4 bits; without bitsandbytes the difference is not measured.")
-        return
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model = source.adapted(_load(source, source.folder, config=source.config, quantization_config=settings))
-    apart = _distance(_logits(model, prompts), found)
-    say(
-        f"the adapter was trained on the base in 4 bits: there its logits differ from the merged model's by {apart:.1e}, "
-        "which is what the 4 bits change."
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Samples of weights
 
 
 def _compare_weights(source, plan, folder):
     """How far rows of the written weights are from W + s B A, beyond rounding and with it: the largest relative norms."""
-    weights, written = source.weights(), WeightFiles(folder)
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(source.adapter, device="cpu", key_mapping=plan.mapping)
+    written = WeightFiles(folder)
     known = [layer for layer in plan.layers if f"base_model.model.{layer}.lora_A.weight" in weights]
     chosen = known[:: max(1, len(known) // SAMPLES)]
     apart, largest = [0.0], []
@@ -217,7 +198,7 @@ def _merged_rows(source, plan, weights, layer, stored, expert):
     The scale s is alpha / r, or alpha / sqrt(r) with rank stabilisation (arXiv 2312.03732). DoRA (arXiv 2402.09353) then
     gives each row the norm that it has learnt. Experts lie one after the other in A, and in turn in B.
     """
-    settings, name = source.settings, plan.layers[layer].removesuffix(".weight")
+    settings, name = plan.settings, plan.layers[layer].removesuffix(".weight")
     prefix, base = f"base_model.model.{layer}", source.files.read(stored)
     left, right = (weights[f"{prefix}.lora_{part}.weight"].double() for part in "BA")
     if name == plan.layers[layer]:  # a parameter of its own, not a layer's weight: experts

@@ -9,14 +9,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+import transformers
+from transformers.utils import CONFIG_NAME
 
 from recipe.console import UserError, say
+from recipe.model.loading import Pretrained
 from recipe.model.precision import dtype_name
 from recipe.model.weight_files import FLOATS, WeightFiles, read_json
 from recipe.training import merge_plan, merge_proof
-from recipe.training.merge_plan import Source, one_line
+from recipe.training.merge_plan import Source
 
 RECORD = "merge.json"  # in the merged folder: what it was made from, and the names of its files
 UNFINISHED = "incomplete"  # folder within the output folder, until all is written and proved
@@ -46,6 +51,7 @@ def merge(
     base: str | None = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
+    quantize: Callable[[torch.dtype], transformers.BitsAndBytesConfig] | None = None,
 ) -> float:
     """Write the merged model to `output`: weights, configuration, tokenizer, and what else comes with the base.
 
@@ -55,7 +61,9 @@ def merge(
         dtype: precision to write the model in. None keeps the base's.
         base: folder or hub name of the base model. None: the one that adapter_config.json names.
         cache_dir: folder for downloaded models. None: the hub's own.
-        trust_remote_code: run code that comes with the base model.
+        trust_remote_code: whether to run code that comes with the base model.
+        quantize: function from the computing precision to how the base was held in 4 bits, to measure what that
+            changed for an adapter trained with --q_lora. None: it is not measured.
 
     Returns:
         How far the merged model's logits are from the adapter's: the largest, over the prompts, of the norm of the
@@ -76,8 +84,8 @@ def merge(
         for shard in source.files.shards:
             source.files.write(shard, work, plan.dtypes, plan.changed, plan.added)
         _write_rest(source, plan, dtype, work)
-        difference = merge_proof.difference(source, plan, expected, work)
-        _publish(work, output, {"adapter": adapter, "base": source.base, "difference": difference})
+        difference = merge_proof.difference(source, plan, expected, work, quantize)
+        _publish(work, output, {"adapter": adapter, "base": source.name, "difference": difference})
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error}).") from None
     finally:
@@ -104,12 +112,13 @@ def _source(adapter, base, cache_dir, trust_remote_code):
         say(f"--base {base} is used in place of {recorded}, which {entry} names.")
     if os.path.isdir(name):
         _refuse_revision(settings.revision, folder, entry)
-    if not os.path.exists(os.path.join(folder, "config.json")):
+    if not os.path.exists(os.path.join(folder, CONFIG_NAME)):
         raise UserError(f"{name}: holds no config.json; expected the folder or hub name of the base model.")
-    _refuse_quantised(name, read_json(os.path.join(folder, "config.json")))
-    files = WeightFiles(folder)
-    config, stretched = _config(adapter, folder, trust_remote_code)
-    return Source(adapter, settings, name, folder, config, stretched, files, trust_remote_code)
+    _refuse_quantised(name, read_json(os.path.join(folder, CONFIG_NAME)))
+    pretrained = Pretrained(folder, trust_remote_code, cache_dir, named_by="the base model")
+    config = pretrained.config()
+    stretched = _take_rope(config, replace(pretrained, name_or_path=adapter, named_by="the adapter"))
+    return Source(adapter, settings, name, pretrained, config, stretched, WeightFiles(folder))
 
 
 def _settings(adapter):
@@ -177,27 +186,20 @@ def _refuse_quantised(name, config):
             )
 
 
-def _config(adapter, folder, trust_remote_code):
-    """The base's configuration and whether it has got the rope settings of an adapter trained with --rope_scaling."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if not os.path.exists(os.path.join(adapter, "config.json")):
-            return config, False
-        own = AutoConfig.from_pretrained(adapter, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: its configuration cannot be loaded: {one_line(error)}") from None
-    text, stretched = config.get_text_config(), False
+def _take_rope(config, adapter):
+    """Give the base's configuration the rope settings of an adapter trained with --rope_scaling; whether it has any."""
+    if not os.path.exists(os.path.join(adapter.name_or_path, CONFIG_NAME)):
+        return False
+    own, text, changed = adapter.config().get_text_config(), config.get_text_config(), False
     for name in ("rope_parameters", "max_position_embeddings"):
         if getattr(own, name, None) != getattr(text, name, None):
             setattr(text, name, getattr(own, name))
-            stretched = True
-    return config, stretched
+            changed = True
+    return changed
 
 
 def _refuse_output(output, source):
-    for folder, what in ((source.adapter, "the adapter"), (source.folder, "the base model")):
+    for folder, what in ((source.adapter, "the adapter"), (source.files.folder, "the base model")):
         if os.path.realpath(output) == os.path.realpath(folder):
             raise UserError(f"--output {output}: is the folder of {what}; name another one.")
     if os.path.exists(output) and not os.path.isdir(output):
@@ -219,15 +221,15 @@ def _write_rest(source, plan, dtype, work):
     """Copy the base's other files, and the adapter's tokenizer and generation config; change what has to change."""
     trained = [name for name in os.listdir(source.adapter) if TRAINED_FILES.fullmatch(name)]
     superseded = SUPERSEDED if "tokenizer_config.json" in trained else ()
-    for name in os.listdir(source.folder):
-        path = os.path.join(source.folder, name)
+    for name in os.listdir(source.files.folder):
+        path = os.path.join(source.files.folder, name)
         if os.path.isfile(path) and not LEFT_OUT.fullmatch(name) and name not in superseded:
             shutil.copyfile(path, os.path.join(work, name))
     for name in trained:
         shutil.copyfile(os.path.join(source.adapter, name), os.path.join(work, name))
-    _rewrite(source.folder, work, "config.json", lambda config: _edit_config(config, source, plan, dtype))
+    _rewrite(source.files.folder, work, CONFIG_NAME, lambda config: _edit_config(config, source, plan, dtype))
     if source.files.index:
-        _rewrite(source.folder, work, source.files.index, lambda index: _edit_index(index, source.files, plan))
+        _rewrite(source.files.folder, work, source.files.index, lambda index: _edit_index(index, source.files, plan))
 
 
 def _rewrite(folder, work, name, edit):
@@ -256,12 +258,14 @@ def _edit_config(config, source, plan, dtype):
             "the output head differs from the embeddings now: the merged model has lm_head.weight, and is larger by it."
         )
     if source.stretched:
-        rope = dict(source.config.get_text_config().rope_parameters)
-        if "rope_theta" in text:  # the spelling of transformers 4, which version 5 reads, too
-            rope.pop("rope_theta", None)
-            text.pop("rope_parameters", None)
-        text["rope_scaling" if "rope_theta" in text else "rope_parameters"] = rope
-        text["max_position_embeddings"] = source.config.get_text_config().max_position_embeddings
+        new = source.config.get_text_config()
+        rope, by_layer = dict(new.rope_parameters), any(isinstance(part, dict) for part in new.rope_parameters.values())
+        old = "rope_theta" in text and not by_layer  # the spelling of transformers 4, which version 5 reads, too
+        text.pop("rope_parameters" if old else "rope_scaling", None)
+        text["rope_scaling" if old else "rope_parameters"] = rope
+        if old:
+            text["rope_theta"] = rope.pop("rope_theta", text["rope_theta"])
+        text["max_position_embeddings"] = new.max_position_embeddings
         say("config.json has the adapter's rope settings, with which it was trained.")
 
 
@@ -280,7 +284,7 @@ def _edit_index(index, files, plan):
 
 def _publish(work, output, record):
     """Move what was written into the output folder, config.json last: until then nothing takes it for a model."""
-    names = sorted(os.listdir(work), key=lambda name: (name == "config.json", name))
+    names = sorted(os.listdir(work), key=lambda name: (name == CONFIG_NAME, name))
     path = os.path.join(output, RECORD)
     if os.path.exists(path):
         for name in sorted(read_json(path)["files"]):  # config.json is among the first
