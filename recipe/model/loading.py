@@ -7,7 +7,7 @@ its weights, and those of an adapter, are then the checkpoint's own, which serve
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
