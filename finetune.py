@@ -7,160 +7,156 @@ Reads top to bottom in the order the data flows: arguments, datasets, model and 
 evaluation and what a save does are in trainer.py.
 """
 
+import gc
 import itertools
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from recipe import command_line, console
-from recipe.dataset import packing
 
-console.quiet()  # before the libraries are imported
+if __name__ == "__main__":
+    console.quiet()  # before the libraries are imported
+    gc.disable()  # until main(): imports free hardly any memory, and looking for it takes a fifth of their time
 import torch
 import transformers
 from torch.utils.data import Dataset
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from recipe import flag_rules
 from recipe.console import UserError, say
-from recipe.dataset import encoding, report, tokenised
+from recipe.dataset import encoding, packing, report, tokenised
 from recipe.dataset.collator import Collator
 from recipe.dataset.conversations import Conversations, hold_out, named_paths
 from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import engines, nodes, weights
+from recipe.model import adapter, attention, experts, generation, loading, precision, rope
+from recipe.model.base_files import BaseFiles
 from recipe.model.precision import best_dtype, dtype_name, has_bf16
+from recipe.training import answers, checkpoints, curves, start_report
+from recipe.training.trainer import RecipeTrainer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 
-def flag(default, help, **more):
-    """A field of an argument class with the text that --help shows."""
+def flag(default: Any, help: str, *, at_least: float | None = None, below: float | None = None, **more: Any) -> Any:
+    """Make a field of an argument class: its default, the text that --help shows, and the bounds of a number."""
+    if at_least is not None:
+        more["choices"] = command_line.Bounds(at_least, below)
     return field(default=default, metadata={"help": help, **more})
 
 
-# fmt: off
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = flag(None, "Folder or hub name of the model to start from. Required.")
-    attn_implementation: str = flag("auto",
-        "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... Default auto: packed, which never "
-        "computes one conversation against another; for models with a sliding window flash_attention_2 where it is "
-        "installed, else sdpa. Change it for a kernel that is faster on your GPU."
+    """The model to start from."""
+
+    model_name_or_path: str | None = flag(None, "Folder or hub name of the model to start from. Required.")
+    attn_implementation: str = flag(
+        "auto",
+        "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... auto takes packed, which computes each "
+        "conversation by itself, or what suits the model's layers.",
     )
-    chat_template: str = flag(None,
-        "Jinja file of a chat template to use and save instead of the model's own. Default none: for a base model "
-        "that has none, or a format of your own."
+    chat_template: str | None = flag(
+        None, "Jinja file of a chat template to use, and to save, in place of the model's."
     )
-    rope_scaling: str = flag(None,
-        "yarn, linear or dynamic: stretch the positions when --model_max_length exceeds the model's window. Default "
-        "none: a longer --model_max_length is refused."
+    rope_scaling: str | None = flag(
+        None, "yarn, linear or dynamic: extend the model's window to --model_max_length, which is refused otherwise."
     )
-    trust_remote_code: bool = flag(False,
-        "Run code that comes with the model. Default False; Qwen1.5 and later need none."
-    )
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model; Qwen1.5 and later need none.")
 
 
 @dataclass
 class DataArguments:
-    data_path: list[str] = flag(None,
-        "One or more training files (JSON, JSON Lines, .gz of these, Parquet, CSV) or a hub dataset. Required."
+    """The conversations: which files, what is learnt from them, and how they are laid out in rows."""
+
+    data_path: list[str] | None = flag(
+        None, "Training files (JSON, JSON Lines, .gz of these, Parquet, CSV) or a dataset of the hub. Required."
     )
-    eval_data_path: list[str] = flag(None,
-        "One or more files to evaluate on, each reported apart, once an epoch unless --eval_strategy is given. "
-        "Default none; with one, over-fitting shows and the best model is kept in `best`."
+    eval_data_path: list[str] | None = flag(
+        None, "Files to evaluate on once an epoch, each reported by itself; the best model is kept in `best`."
     )
-    eval_ratio: float = flag(0.0,
-        "Share of the training rows, 0 to 1, held out for evaluation, drawn with --seed. Default 0. Use it when "
-        "there is no --eval_data_path."
+    eval_ratio: float = flag(
+        0.0, "Share of the training rows to evaluate on instead of a file, drawn with --seed.", at_least=0, below=1
     )
-    lazy_preprocess: bool = flag(False,
-        "Tokenise rows when they are needed instead of all before the first step. Default False. For files of more "
-        "than some 100,000 rows."
+    lazy_preprocess: bool = flag(
+        False, "Tokenise rows when they are needed, not before the first step; for more than 100,000 rows."
     )
-    pack_tokens: int = flag(None,
-        "Fill each row with conversations up to so many tokens, computed apart as ever. Default none: a row holds "
-        "--per_device_train_batch_size conversations, however long. 8192 to 32768 keep a large GPU busy; each step "
-        "then learns from more conversations, as the start block says."
+    pack_tokens: int | None = flag(
+        None,
+        "Fill each row with whole conversations up to this number of tokens; 8192 to 32768 keep a large GPU busy. If "
+        "not set, a row holds --per_device_train_batch_size conversations.",
+        at_least=1,
     )
-    overlong: Literal["drop", "truncate", "error"] = flag("drop",
-        "What becomes of conversations longer than --model_max_length: drop (default), truncate (after the last "
-        "assistant turn that fits whole) or error. Change it when long ones must not be lost."
+    overlong: Literal["drop", "truncate", "error"] = flag(
+        "drop",
+        "What to do with conversations longer than --model_max_length: drop, truncate (after the last assistant turn "
+        "that fits) or error.",
     )
-    thinking: Literal[encoding.THINKING] = flag("auto",
-        "Thoughts (reasoning_content, <think>): auto (default) trains those in the data and puts turns without one "
-        "after the prompt of enable_thinking=False; keep trains them and puts the others after the default prompt; "
-        "strip removes them; empty removes them and uses the prompt of enable_thinking=False throughout. Change it "
-        "when the data and the use differ in thinking."
+    thinking: Literal[encoding.THINKING] = flag(
+        "auto",
+        "Thoughts (reasoning_content, <think>): auto and keep train them, strip and empty remove them. A turn without "
+        "one follows the prompt of enable_thinking=False (auto, empty) or the default prompt (keep, strip).",
     )
-    preview: int = flag(0,
-        "Print so many conversations with their supervised tokens marked, and end. Default 0: train. For a first "
-        "look at a new file."
+    preview: int = flag(0, "Print this number of conversations, supervised tokens marked, and stop.", at_least=0)
+    validate_only: bool = flag(False, "Check all flags, files and conversations without loading the weights, and stop.")
+    dump_tokens: str | None = flag(None, "File to write ids and labels to, as JSON Lines, and stop.")
+    eval_generate: int = flag(
+        0, "Held-out prompts to answer at each evaluation; logs exact_match and valid_json.", at_least=0
     )
-    validate_only: bool = flag(False,
-        "Read, render and check all data without loading weights, and end. Default False. For use before a long run."
+    metric: str | None = flag(
+        None, "file.py:function, a metric for --eval_generate: function(answer, reference, messages) -> number."
     )
-    dump_tokens: str = flag(None,
-        "File to write what would be trained to, as JSON Lines of ids and labels, and end. Default none. For "
-        "comparison with another program."
+    train_on: Literal["all_turns", "last_turn"] = flag(
+        "all_turns",
+        'Assistant turns to learn: all_turns or last_turn. A message with "train": false is never learnt.',
     )
-    eval_generate: int = flag(0,
-        "Answer so many held-out prompts at each evaluation and log exact_match and valid_json. Default 0; some "
-        "dozens tell more than the loss does."
-    )
-    metric: str = flag(None,
-        "file.py:function, a measure for --eval_generate: function(answer, reference, messages) -> number. Default "
-        "none."
-    )
-    train_on: Literal["all_turns", "last_turn"] = flag("all_turns",
-        "Which assistant turns are learnt: all_turns (default) or last_turn, when only the last answer is good. A "
-        'message with "train": false is never learnt.'
-    )
-    train_empty_answers: bool = flag(True,
-        "Learn answers without any text, which teaches the model to stop at once. False uses them as context only."
+    train_empty_answers: bool = flag(
+        True, "Learn answers without any text, which teaches the model to stop at once; False uses them as context."
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    output_dir: str = flag("output", "Folder for the trained model, `best` and checkpoints. Default output.")
-    cache_dir: str = flag(None, "Folder for downloaded models. Default: the hub's own; another when that disk is full.")
-    model_max_length: int = flag(None,
-        "Longest conversation in tokens. Default 8192 or --pack_tokens, or the model's window if that is shorter. "
-        "Lower it to save memory, raise it when the start block reports dropped rows; see --overlong."
+    """How to train; adds to transformers.TrainingArguments, and resolves what depends on the hardware."""
+
+    output_dir: str = flag("output", "Folder for the trained model, `best` and checkpoints.")
+    cache_dir: str | None = flag(None, "Folder for downloaded models, in place of the hub's own.")
+    model_max_length: int | None = flag(
+        None,
+        "Longest conversation in tokens; see --overlong. If not set, 8192 or --pack_tokens, at most the model's window.",
+        at_least=1,
     )
-    use_lora: bool = flag(False,
-        "Train a LoRA adapter instead of all weights. Default False; it needs far less memory."
+    use_lora: bool = flag(False, "Train a LoRA adapter instead of all weights; it needs far less memory.")
+    padding_free: bool = flag(
+        True, "Put the conversations of a micro-batch side by side in one row; False pads them to one length."
     )
-    padding_free: bool = flag(True,
-        "Lay the conversations of a micro-batch side by side in one row instead of padding them. Default True. Set "
-        "False for models that cannot keep them apart."
+    bf16: bool | None = flag(
+        None, "Compute in bfloat16. If not set, where the hardware is fast in it.", nargs="?", const=True
     )
-    bf16: bool = flag(None,
-        "Compute in bfloat16. Default: where the hardware is fast in it. False computes in float32."
+    fp16: bool | None = flag(None, "Compute in float16. If not set, on GPUs without bfloat16.", nargs="?", const=True)
+    optim: OptimizerNames = flag(
+        "adamw_torch",
+        "Optimizer, by its transformers name; adamw_8bit and adafactor save memory in full training.",
+        metavar="NAME",
     )
-    fp16: bool = flag(None, "Compute in float16. Default: on GPUs without bfloat16, which need it.")
-    optim: OptimizerNames = flag("adamw_torch",
-        "Optimizer, by its transformers name. Default adamw_torch; adamw_8bit or adafactor save memory in full "
-        "training.",
-    metavar="NAME")
-    lr_scheduler_type: SchedulerType = flag("cosine",
-        "Learning-rate schedule, by its transformers name. Default cosine; constant_with_warmup when you do not know "
-        "how long you will train.",
-    metavar="NAME")
-    save_total_limit: int = flag(2,
-        "Checkpoints kept on disk, the newest ones. Default 2; more when disk allows, 0 for all."
+    lr_scheduler_type: SchedulerType = flag(
+        "cosine",
+        "Learning-rate schedule, by its transformers name; constant_with_warmup for a run of unknown length.",
+        metavar="NAME",
     )
-    logging_steps: float = flag(10, "Optimizer steps between two lines of the log. Default 10; below 1, a share.")
-    logging_nan_inf_filter: bool = flag(False,
-        "Hide non-finite losses in the log. Default False: they stop the run, as they should."
-    )
-    remove_unused_columns: bool = flag(False, "Has no use here: batches hold only what the model needs. Default False.")
-    prediction_loss_only: bool = flag(True, "Evaluation keeps losses, never logits, in memory. Default True.")
+    save_total_limit: int | None = flag(2, "Newest checkpoints to keep; 0 keeps all.", at_least=0)
+    logging_steps: float = flag(10, "Optimizer steps between two lines of the log; below 1, a share of all steps.")
+    logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses in the log instead of stopping at them.")
 
     def __post_init__(self):
         if self.fp16 and self.bf16:
             raise ValueError("--fp16 and --bf16 exclude each other; give one of them.")
+        self.remove_unused_columns = False  # batches hold what the loss needs
+        self.prediction_loss_only = True  # evaluation keeps no logits in memory
+        self.label_names = ["labels"]
         if self.use_cpu or not torch.cuda.is_available():
             self.use_cpu = True
             if self.tf32:
@@ -178,7 +174,6 @@ class TrainingArguments(transformers.TrainingArguments):
             say(f"--{asked}: this hardware does not compute in it; {dtype_name(best)} is used instead.")
             self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
-        self.label_names = ["labels"]
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight has its part in every loss
         engines.set_up(self)
@@ -190,58 +185,41 @@ class TrainingArguments(transformers.TrainingArguments):
 
 @dataclass
 class LoraArguments:
-    lora_r: int = flag(64, "Rank of the adapter. Default 64; 8 to 16 is often enough.")
-    lora_alpha: int = flag(16,
-        "Scale: the adapter counts alpha / r times. Default 16; change it in step with --lora_r."
+    """The adapter of --use_lora; naming any of these flags switches that on."""
+
+    lora_r: int = flag(64, "Rank of the adapter; 8 to 16 is often enough.", at_least=1)
+    lora_alpha: int = flag(16, "Scale of the adapter: its output counts alpha / r times.", at_least=1)
+    lora_dropout: float = flag(0.05, "Dropout before the adapter; more for few data, 0 for many.", at_least=0, below=1)
+    lora_target_modules: list[str] | None = flag(
+        None, "Names of the linear layers to adapt, such as q_proj v_proj. If not set, all except the output "
+        "head, routers and gates."
     )
-    lora_dropout: float = flag(0.05, "Dropout before the adapter, 0 to 1. Default 0.05; more for few data, 0 for many.")
-    lora_target_modules: list[str] = flag(None,
-        "Names of the linear layers to adapt. Default: every one except the output head, routers and gates of one "
-        "number a head; fewer, such as q_proj v_proj, save memory."
+    lora_experts: bool = flag(
+        False,
+        "Adapt the routed experts of a mixture, too, each at rank lora_r / experts per token and without dropout; the "
+        "adapter gets several times larger.",
     )
-    lora_experts: bool = flag(False,
-        "Adapt the routed experts of a mixture, too, each at rank lora_r / experts per token and without dropout. "
-        "Default False: they stay as they are, and the adapter is several times smaller."
+    lora_weight_path: str = flag("", "Folder of an adapter to continue from; its rank and layers are kept.")
+    lora_bias: Literal["none", "all", "lora_only"] = flag(
+        "none", "Biases to train with the adapter; unless none, the base model changes even without the adapter."
     )
-    lora_weight_path: str = flag("", "Folder of an adapter to continue from, with its own rank. Default: a new one.")
-    lora_bias: Literal["none", "all", "lora_only"] = flag("none",
-        "Biases to train with the adapter. Default none; with others the base model is no longer itself when the "
-        "adapter is switched off."
+    q_lora: bool = flag(False, "Hold the base model in 4 bits (NF4): a quarter of the memory, somewhat slower.")
+    use_rslora: bool = flag(False, "Scale the adapter by alpha / sqrt(r) instead of alpha / r; for high ranks.")
+    use_dora: bool = flag(False, "Weight-decomposed LoRA (DoRA): slower, at times better at low ranks.")
+    modules_to_save: list[str] | None = flag(
+        None, "Layers to train and save whole beside the adapter, such as lm_head; some servers refuse such adapters."
     )
-    q_lora: bool = flag(False,
-        "Hold the base model in 4 bits (NF4): a quarter of the memory, somewhat slower. Default False."
+    init_lora_weights: str = flag(
+        "true",
+        "Initial adapter: true (no change of the model), gaussian, pissa, olora or orthogonal. pissa at times learns "
+        "faster, and changes the base model.",
     )
-    use_rslora: bool = flag(False, "Scale by alpha / sqrt(r) instead of alpha / r. Default False; for high ranks.")
-    use_dora: bool = flag(False,
-        "Weight-decomposed LoRA (DoRA): slower, at times better. Default False; for low ranks."
+    trainable_token_indices: list[int] | None = flag(
+        None, "Ids of tokens whose embeddings are trained; for a base model new to the template's control tokens."
     )
-    modules_to_save: list[str] = flag(None,
-        "Layers trained and saved whole beside the adapter, such as lm_head. Default none: some servers refuse such "
-        "adapters."
-    )
-    init_lora_weights: str = flag("true",
-        "How the adapter starts: true (default: as no change), gaussian, pissa, olora, orthogonal. pissa at times "
-        "learns faster, and changes the base model."
-    )
-    trainable_token_indices: list[int] = flag(None,
-        "Ids of tokens whose embeddings are trained too. Default none; for a base model that has never seen the chat "
-        "template's control tokens."
-    )
-# fmt: on
 
 
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-    command_line.parse(["--help"], ARGUMENTS)  # prints and exits here: what follows takes seconds to import
-
-from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
-
-from recipe import flag_rules  # noqa: E402
-from recipe.model import adapter, attention, experts, generation, loading, precision, rope  # noqa: E402
-from recipe.model.base_files import BaseFiles  # noqa: E402
-from recipe.training import answers, checkpoints, curves, start_report  # noqa: E402
-from recipe.training.trainer import RecipeTrainer  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Datasets: conversations -> documents of ids and labels
@@ -492,13 +470,16 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def parse(argv):
-    """The four argument instances of a command line; raises UserError for what cannot be meant."""
-    named = command_line.given(argv)
-    if named & {"eval_data_path", "eval_ratio"} and not named & {"eval_strategy", "evaluation_strategy"}:
-        argv = [*argv, "--eval_strategy=epoch"]
-    arguments = command_line.parse(argv, ARGUMENTS, notice=say)
-    flag_rules.settle(*arguments, named)
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]:
+    """Return the arguments of a command line, checked and completed.
+
+    Raises:
+        UserError: a flag that is unknown, has a wrong value, or contradicts another one.
+    """
+    named = command_line.read(argv, ARGUMENTS, notice=say)
+    implied = flag_rules.implied({**command_line.defaults(ARGUMENTS), **named}, named)
+    arguments = command_line.build({**implied, **named}, ARGUMENTS)
+    flag_rules.check_and_complete(*arguments, named)
     return arguments
 
 
@@ -584,7 +565,9 @@ def run(model_args, data_args, training_args, lora_args):
     return metrics
 
 
-def main():
+def main() -> None:
+    """Train as the command line says; a user's mistake is one sentence and exit code 2."""
+    gc.enable()
     try:
         train()
     except UserError as error:

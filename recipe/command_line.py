@@ -1,97 +1,147 @@
-"""The command line: config files, ancestors' spellings, and errors that name the nearest flag.
+"""Read a command line and a config file into argument classes, and write them as a config file.
 
-`parse(argv, classes)` is `HfArgumentParser` with these additions. A first word that ends in .yaml, .yml or .json is a
-config file whose entries stand before the command line, so the command line wins. Flags that transformers or the
-ancestors (Qwen's finetune.py, FastChat's train_lora.py) spelled differently are translated, one notice each. An unknown
-flag or a wrong value is one sentence. --help shows our own flags before those inherited from transformers.
+The parser is transformers' HfArgumentParser with these additions:
+
+* A first word that ends in .yaml, .yml or .json is a config file. Its entries follow the rules of the command line,
+  which wins over them.
+* Flags that transformers or the ancestors (Qwen's finetune.py, FastChat's train_lora.py) spelled differently are
+  translated, with one notice each.
+* A mistake is one sentence, and an unknown flag names the nearest known one.
+* --help shows the flags of this project before those of transformers.
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
+import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from recipe.console import UserError
 
 CONFIG_FILES = (".yaml", ".yml", ".json")
-RENAMED = {  # old flag: new flag, or None where nothing is left to set
+RENAMED = {  # old flag: new flag
     "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+    "warmup_ratio": "warmup_steps",  # a value below 1 is a share of all steps
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "flash_attn": "attn_implementation",
     "group_by_length": "train_sampling_strategy",
     "no_cuda": "use_cpu",
-    "overwrite_output_dir": None,
-    "save_safetensors": None,
-    "logging_dir": None,
-    "include_tokens_per_second": None,
-    "fsdp_transformer_layer_cls_to_wrap": None,  # the model names it
-    "fsdp_min_num_params": None,
 }
-VALUES = {  # new values for flags whose meaning changed with the name
-    "flash_attn": {True: "flash_attention_2", False: "auto"},
-    "group_by_length": {True: "group_by_length", False: "random"},
-}
+WITHOUT_EFFECT = (  # old flags without a successor
+    "overwrite_output_dir",
+    "save_safetensors",
+    "logging_dir",
+    "include_tokens_per_second",
+    "fsdp_transformer_layer_cls_to_wrap",  # the model names it
+    "fsdp_min_num_params",
+)
 
 
-def parse(argv, classes, notice=print):
-    """Parse `argv` (without the program's name) into one instance of each dataclass in `classes`.
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The range of a numeric flag, at_least <= value < below; it serves as the `choices` of an argparse argument."""
 
+    at_least: float
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return self.at_least <= value and (self.below is None or value < self.below)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([str(self)])
+
+    def __str__(self) -> str:
+        return f"at least {self.at_least:g}" + (f" and below {self.below:g}" if self.below is not None else "")
+
+
+def read(argv: Sequence[str], classes: Sequence[type], notice: Callable[[str], object] = print) -> dict[str, Any]:
+    """Return the flags that a command line and its config file name, with their values; old spellings, too.
+
+    Args:
+        argv: the words after the program's name.
+        classes: argument dataclasses; each of their fields is a flag.
+        notice: called with one sentence for each old spelling.
     Raises:
         UserError: unknown flag, missing or wrong value, unreadable config file.
+        SystemExit: after --help.
     """
-    from transformers import HfArgumentParser
+    parser, unnamed = _parser(classes), object()
+    flags = list(defaults(classes))
+    named = argparse.Namespace(**dict.fromkeys(flags, unnamed))
+    path, words = split(argv)
+    entries = _entries(path) if path and not {"-h", "--help"} & set(words) else []
+    for source, part in ((f"{path}: ", entries), ("", words)):
+        try:
+            _, rest = parser.parse_known_args(part, named)
+            if rest:
+                raise UserError(_unknown(rest[0], flags))
+        except UserError as error:
+            raise UserError(f"{source}{error}") from None
+    values = {name: getattr(named, name) for name in flags if getattr(named, name) is not unnamed}
+    _unwrap_single_words(values, classes)
+    typed = {word[2:].partition("=")[0].replace("-", "_") for word in (*entries, *words) if word.startswith("--")}
+    for old, new in RENAMED.items():
+        if old in typed and new in flags:
+            values[old] = values[new]
+            notice(f"--{old} is now --{new}: using --{new}={values[new]}.")
+    for old in WITHOUT_EFFECT:
+        if old in typed and old not in flags:
+            notice(f"--{old} has no effect any more and is left out.")
+    return values
 
-    parser = HfArgumentParser(
-        classes,
-        allow_abbrev=False,
-        formatter_class=_Help,
-        usage="%(prog)s [run.yaml] --model_name_or_path NAME --data_path FILE [--flag value ...]",
-        description="Fine-tune a chat model on conversations. A config file holds flags, too, as 'flag: value'.",
-    )
-    parser.error = _raise
-    parser._negative_number_matcher = re.compile(r"-[.\d]")  # -1e-4 is a value; argparse would take it for a flag
-    several = _widen(parser, classes)
-    _group(parser, classes)
-    flags = {option[2:] for option in parser._option_string_actions if option.startswith("--")}
-    values, rest = parser.parse_known_args(_translated(_expanded(argv), flags, notice))
-    if rest:
-        raise UserError(_unknown(rest[0], flags))
-    for name in several:
-        if isinstance(words := getattr(values, name), list) and len(words) == 1:
-            setattr(values, name, words[0])
+
+def defaults(classes: Sequence[type]) -> dict[str, Any]:
+    """Return all flags of these dataclasses with their defaults."""
+    fields = [field for cls in classes for field in dataclasses.fields(cls) if field.init]
+    return {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory() for f in fields}
+
+
+def build(values: dict[str, Any], classes: Sequence[type]) -> tuple[Any, ...]:
+    """Make one instance of each dataclass; flags that are absent in `values` have their defaults.
+
+    Raises:
+        UserError: a value that the class refuses.
+    """
+    names = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
     try:
         return tuple(
-            cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(cls) if field.init})
-            for cls in classes
+            cls(**{name: value for name, value in values.items() if name in known})
+            for cls, known in zip(classes, names, strict=True)
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
         _raise(str(error))
 
 
-def given(argv):
-    """Names of the flags on a command line or in its config file, without dashes."""
-    return {word[2:].split("=")[0].replace("-", "_") for word in _expanded(argv) if word.startswith("--")}
+def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the config file of a command line, or None, and all other words."""
+    start = 1 if argv and argv[0].startswith("--local_rank=") else 0  # deepspeed's launcher puts that first
+    for word in argv[start : start + 1]:
+        if word.endswith(CONFIG_FILES) and not word.startswith("-"):
+            return word, [*argv[:start], *argv[start + 1 :]]
+    return None, list(argv)
 
 
-def _raise(message):
-    """One sentence, with one spelling of the flag: argparse names --learning_rate/--learning-rate."""
-    message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split()))
+def _raise(message: str) -> typing.NoReturn:
+    """Raise a UserError of one sentence; argparse names all spellings of a flag, of which the first one is kept."""
+    message = re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", " ".join(message.split()))
     raise UserError(message.rstrip(".") + ".") from None
 
 
-def _unknown(word, flags):
+def _unknown(word: str, flags: Sequence[str]) -> str:
     if not word.startswith("-"):
         hint = "A config file comes before all flags." if word.endswith(CONFIG_FILES) else "See --help."
         return f"Unexpected word {word!r}. {hint}"
     word = word.split("=")[0]
-    typed = flags - {"local_rank"}  # launchers give that one
-    near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), sorted(typed), n=1, cutoff=0.5)
+    typed = sorted({*flags} - {"local_rank"})  # launchers give that one
+    near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), typed, n=1, cutoff=0.5)
     return f"Unknown flag {word!r}. " + (f"Did you mean --{near[0]}?" if near else "See --help.")
 
 
@@ -99,121 +149,176 @@ def _unknown(word, flags):
 # Config files
 
 
-def _expanded(argv):
-    """The command line with a config file's entries in the file's place."""
-    start = 1 if argv and argv[0].startswith("--local_rank=") else 0  # deepspeed's launcher puts that first
-    for file in argv[start : start + 1]:
-        if file.endswith(CONFIG_FILES) and not file.startswith("-"):
-            return [*argv[:start], *_config_argv(file), *argv[start + 1 :]]
-    return list(argv)
+def _entries(path: str) -> list[str]:
+    """Return a config file's entries as words of a command line; null and an empty list set nothing.
 
-
-def _config_argv(path):
-    """A config file's entries as words of a command line; nothing is set for null and for an empty list."""
-    entries = _entries(path)
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: expected entries of the form 'learning_rate: 1e-4', one for each flag.")
-    words = []
-    for name, value in entries.items():
-        if value is False and str(name).endswith("strategy"):
-            value = "no"  # which YAML reads as False
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
-        elif value is not None:
-            words.append(f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
-    return words
-
-
-def _entries(path):
+    argparse would take them as defaults (`set_defaults`), but checks neither the type nor the choices of a default.
+    """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Reads 1e-4 as a number, as YAML 1.2 does, where PyYAML asks for 1.0e-4."""
-
-    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     kind = "JSON" if path.endswith(".json") else "YAML"
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return json.load(file) if kind == "JSON" else yaml.load(file, Loader)
+            entries = json.load(file, object_pairs_hook=_unique) if kind == "JSON" else _yaml(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{path}: not valid YAML: line {error.problem_mark.line + 1}: {error.problem}.") from None
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not valid {kind}: {' '.join(str(error).split())}.") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Old spellings
-
-
-def _translated(argv, flags, notice):
-    """Replace old spellings that this version of transformers no longer has, or has as deprecated ones."""
-    renamed = {old: new for old, new in RENAMED.items() if (new in flags if new else old not in flags)}
-    words, rest, notices = [], list(argv), {}
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in renamed:
-            words.append(word)
-            continue
-        if not equals and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        new = renamed[name]
-        if new is None:
-            notices[name] = f"--{name} has no effect any more and is left out."
-            continue
-        value = _new_value(name, value)
-        words.append(f"--{new}={value}" if value else f"--{new}")
-        notices[name] = f"--{name} is now --{new}: using {words[-1]}."
-    for text in notices.values():
-        notice(text)
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: expected entries of the form 'learning_rate: 1e-4', one for each flag.")
+    words = []
+    for name, value in entries.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(_word, value)] if value else []
+        elif value is not None:
+            words.append(f"--{name}={_word(value)}")
     return words
 
 
-def _new_value(name, value):
-    if name in VALUES:
-        from transformers.hf_argparser import string_to_bool
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
-        try:
-            return VALUES[name][string_to_bool(value or "true")]
-        except argparse.ArgumentTypeError:
-            raise UserError(f"--{name} {value}: expected true or false.") from None
-    if name == "warmup_ratio" and re.fullmatch(r"[1-9]\d*(\.\d*)?", value):
-        raise UserError(f"--{name} {value}: expected a share of all steps, below 1; --warmup_steps counts steps.")
-    return value
+
+def _yaml(file: typing.TextIO) -> dict[str, Any] | None:
+    """Load a mapping whose texts and numbers stay as they are written, so that `no` is a word and 007 keeps its zeros.
+
+    Only what stands in an inner mapping, such as lr_scheduler_kwargs, gets a type from YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Reads 1e-4 as a number, as YAML 1.2 and JSON do; PyYAML expects 1.0e-4."""
+
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    loader = Loader(file)
+
+    def plain(node: yaml.Node) -> Any:
+        if isinstance(node, yaml.SequenceNode):
+            return [plain(item) for item in node.value]
+        is_word = isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null"
+        return node.value if is_word else loader.construct_object(node, deep=True)
+
+    root = loader.get_single_node()
+    if not isinstance(root, yaml.MappingNode):
+        return None
+    _unique([(key.value, value) for key, value in root.value])
+    loader.flatten_mapping(root)  # entries that are merged by <<
+    return {str(key.value): plain(value) for key, value in root.value}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict, and raise ValueError when a key stands twice, which JSON and YAML pass over."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands there twice")
+    return dict(pairs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What HfArgumentParser leaves to be done
+# The parser
 
 
-def _widen(parser, classes):
-    """Accept every value that a field's type allows: HfArgumentParser takes one member of a union.
+def _parser(classes: Sequence[type]) -> argparse.ArgumentParser:
+    """Build a parser with a group of flags for each class, and one for all that the classes inherit."""
+    from transformers import HfArgumentParser
 
-    Returns:
-        Names of the flags that may be one text or a list of them.
-    """
-    hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
-    several = []
-    for action in parser._actions:
-        members = {typing.get_origin(member) or member for member in typing.get_args(hints.get(action.dest))}
-        configs = [member for member in members if dataclasses.is_dataclass(member)]
-        if configs:
-            action.type = lambda text, config=configs[0]: config(**_json_object(text))
-        elif dict in members:
-            action.type = _json_or_path if str in members else _json_object
-        elif {str, bool} <= members or {str, typing.Literal} <= members:
-            action.type = _true_false_or_text
-        elif {str, list} <= members and action.nargs is None:
-            action.nargs = "+"
-            several.append(action.dest)
-    return several
+    parser = HfArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=_Help,
+        usage="%(prog)s [run.yaml] --model_name_or_path NAME --data_path FILE [--flag value ...]",
+        description="Fine-tune a chat model on conversations. A config file holds flags, too, as 'flag: value'.",
+    )
+    parser.error = _raise
+    parser._negative_number_matcher = re.compile(r"-[.\d]")  # -1e-4 is a value; argparse would take it for a flag
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    flags, inherited = set(defaults(classes)), []
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__.replace("Arguments", " arguments").lower())
+        for field in _arguments(cls, flags):
+            if field.name in inspect.get_annotations(cls):
+                parser._parse_dataclass_field(group, field)
+            else:
+                inherited.append(field)
+    group = parser.add_argument_group("arguments inherited from transformers.TrainingArguments")
+    for field in inherited:
+        parser._parse_dataclass_field(group, field)
+    _add_old_flags(parser, flags)
+    return parser
 
 
-def _json_object(text):
+def _arguments(cls: type, flags: set[str]) -> Iterator[dataclasses.Field]:
+    """Yield copies of a dataclass's fields as HfArgumentParser needs them; it changes what it gets."""
+    hints = typing.get_type_hints(cls)
+    for field in map(copy.copy, dataclasses.fields(cls)):
+        if not field.init or RENAMED.get(field.name) in flags:
+            continue
+        field.type = _type(hints[field.name])
+        old = [name for name, new in RENAMED.items() if new == field.name and name not in TRANSLATED]
+        switch = {"nargs": "?", "const": True} if hints[field.name] == str | bool else {}
+        aliases = {"aliases": [word for name in old for word in _spellings(name)]}
+        field.metadata = {**switch, **field.metadata, **aliases}
+        if isinstance(field.metadata.get("choices"), Bounds):
+            del field.metadata["choices"]  # flag_rules checks them, in edited defaults, too
+        yield field
+
+
+def _add_old_flags(parser: argparse.ArgumentParser, flags: set[str]) -> None:
+    """Add the old flags whose values need a translation, and those that are only accepted."""
+    for old, convert in TRANSLATED.items():
+        if RENAMED[old] in flags:
+            parser.add_argument(
+                *_spellings(old), dest=RENAMED[old], type=convert, nargs="?", const="true", help=argparse.SUPPRESS
+            )
+    for old in set(WITHOUT_EFFECT) - flags:
+        parser.add_argument(*_spellings(old), nargs="?", help=argparse.SUPPRESS)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share of all steps, below 1, got {text}; see --warmup_steps")
+    return value
+
+
+def _switch(on: str, off: str, text: str) -> str:
+    from transformers.hf_argparser import string_to_bool
+
+    return on if string_to_bool(text) else off
+
+
+TRANSLATED = {  # old flags whose values changed with the name
+    "warmup_ratio": _share,
+    "flash_attn": functools.partial(_switch, "flash_attention_2", "auto"),
+    "group_by_length": functools.partial(_switch, "group_by_length", "random"),
+}
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def _type(hint: Any) -> Any:
+    """Return what argparse makes of a word for a field of this type; HfArgumentParser takes one member of a union."""
+    members = {typing.get_origin(member) or member for member in typing.get_args(hint)}
+    for config in filter(dataclasses.is_dataclass, members):
+        return lambda text: config(**_json_object(text))
+    if dict in members:
+        # transformers parses JSON, too, but its error does not name the flag.
+        return _json_or_path if str in members else _json_object
+    if {str, bool} <= members or {str, typing.Literal} <= members:
+        return _true_false_or_text
+    return list[str] if {str, list} <= members else hint
+
+
+def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -223,47 +328,38 @@ def _json_object(text):
     return value
 
 
-def _json_or_path(text):
+def _json_or_path(text: str) -> dict[str, Any] | str:
     return _json_object(text) if text.startswith("{") else text
 
 
-def _true_false_or_text(text):
+def _true_false_or_text(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _group(parser, classes):
-    """Put what each class declares itself first in --help, under the class's name, and what it inherits last."""
-    inherited = parser._optionals
+def _unwrap_single_words(values: dict[str, Any], classes: Sequence[type]) -> None:
+    """Turn lists of one word into the word where a field may hold either."""
     for cls in classes:
-        group = parser.add_argument_group(cls.__name__.replace("Arguments", " arguments").lower())
-        for action in list(inherited._group_actions):
-            if action.dest in inspect.get_annotations(cls):
-                inherited._group_actions.remove(action)
-                group._group_actions.append(action)
-    inherited.title = "arguments inherited from transformers.TrainingArguments"
-    parser._action_groups.remove(inherited)
-    parser._action_groups.append(inherited)
+        for name, hint in typing.get_type_hints(cls).items():
+            if _type(hint) == list[str] != hint and len(values.get(name, ())) == 1:
+                values[name] = values[name][0]
 
 
 KINDS = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}  # an argument's type and its name in --help
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling of each flag, the kind of its value, and its default where the text does not tell it."""
+    """One spelling of each flag, the kind of its value, and its default unless that is None or empty."""
 
-    def add_argument(self, action):
-        if not isinstance(action, argparse._StoreFalseAction):  # --no_x, the twin of --x
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.const is not False:  # --no_x, the twin of --x
             super().add_argument(action)
 
-    def _format_action_invocation(self, action):
-        if action.nargs == 0:
-            return ", ".join(action.option_strings)
-        kind = KINDS.get(getattr(action.type, "__name__", None), "TEXT")
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        kind = KINDS.get(getattr(action.type, "__name__", ""), "TEXT")
         return f"{action.option_strings[0]} {self._format_args(action, kind)}"
 
-    def _get_help_string(self, action):
-        told = re.search("default|required", action.help, re.IGNORECASE)
-        return action.help if told else super()._get_help_string(action)
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, thinking: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What every room may use: the error for a user's mistake, and printing once a run."""
+"""What every room may use: the error for a user's mistake, printing once a run, and which process this is."""
 
 import atexit
 import logging
@@ -7,55 +7,102 @@ import sys
 import threading
 import time
 import warnings
+from typing import NoReturn
+
+OTHER_RANKS_WAIT = 10  # seconds in which the launcher, after rank 0 has failed, ends the other ranks
 
 
 class UserError(Exception):
-    """A mistake in the user's files or flags, told in one sentence; the scripts print it and exit with code 2."""
+    """A mistake in the user's files or flags, described in one sentence; the scripts print it, exit code 2."""
 
 
-def fail(error):
-    """Print a user's mistake as one sentence and leave with exit code 2.
+def fail(error: Exception) -> NoReturn:
+    """Print a user's mistake as one sentence and exit with code 2.
 
-    When all ranks found the same, the first one ends, the launcher ends the others, and it is told once.
+    When all ranks find the same mistake, rank 0 prints it and the launcher ends the others before they print it again.
+
+    Raises:
+        SystemExit: always.
     """
     if rank() > 0:
-        time.sleep(3)
+        time.sleep(OTHER_RANKS_WAIT)
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def leave():
-    """End the program with exit code 0, as the interpreter does, but at once when the last output is written.
+def leave() -> NoReturn:
+    """End a finished program with exit code 0: wait for threads, run exit functions, and skip the interpreter's teardown.
 
-    A thread of gloo may still let go of a tensor. If the interpreter is taken apart meanwhile, that thread ends the
-    finished run with SIGABRT ("terminate called without an active exception").
+    gloo's threads live on after destroy_process_group. One that still frees a tensor when the interpreter is torn down
+    ends the finished run with SIGABRT ("terminate called without an active exception"), in about 1 of 80 runs.
     """
-    threading._shutdown()  # waits for the threads that the interpreter would wait for
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def quiet():
-    """Leave out what libraries say of themselves at import, which no user of this script can act on.
-
-    For --help leave out peft, too: transformers would import it, and a compiler with it, which takes seconds.
-    """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.modules["peft"] = None
+def quiet() -> None:
+    """Silence what libraries print at import that a user of the scripts cannot act on; call it before they load."""
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels for CPU inference
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels for inference on a CPU
     if not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
 
 
-def say(text):
+def say(text: str) -> None:
     """Print once a run, not once a rank."""
     if rank() == 0:
         print(text, flush=True)
 
 
-def rank():
-    """Number of this process among all that train together, before and without torch.distributed."""
-    return int(os.environ.get("RANK", "0"))
+# ----------------------------------------------------------------------------------------------------------------------
+# Which process this is, from the environment that torchrun sets; valid before torch.distributed is initialised
+
+
+def launched() -> bool:
+    """Return whether torchrun (or another launcher) has started this process as one of several ranks."""
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    """Return the number of this process among all processes of the run."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Return the number of processes of the run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Return the number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def node_rank() -> int:
+    """Return the number of this machine among those of the run."""
+    if "GROUP_RANK" in os.environ:
+        return int(os.environ["GROUP_RANK"])
+    return rank() // local_world_size() if "LOCAL_WORLD_SIZE" in os.environ else 0
+
+
+def node_count() -> int:
+    """Return the number of machines of the run, 1 where the launcher does not say."""
+    return world_size() // local_world_size() if "LOCAL_WORLD_SIZE" in os.environ else 1
+
+
+def store_address() -> tuple[str, int]:
+    """Return host and port of the store that torch.distributed.run keeps on node 0."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def restart_count() -> int:
+    """Return how many times torch.distributed.run has started the processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -1,73 +1,98 @@
-"""What flags mean together: contradictions and wrong values are told before anything is loaded.
+"""Check the flags against each other, before anything is loaded, and complete what follows from them.
 
-Takes the four instances of finetune.py's argument classes, which know one field each and nothing of the others.
+The argument classes of finetune.py check one field each; the rules here need several of them.
 """
 
-import math
+import dataclasses
 import os
-from dataclasses import fields
+from typing import Any
 
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+
+from recipe.command_line import Bounds
 from recipe.console import UserError, say
 from recipe.distributed import engines
 from recipe.training import checkpoints
 from recipe.training.answers import load_metric
 
-RANGES = {  # flags: (lowest value, the value to stay below)
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps": (1, math.inf),
-    "model_max_length pack_tokens lora_r lora_alpha": (1, math.inf),
-    "num_train_epochs learning_rate weight_decay max_grad_norm preview eval_generate": (0, math.inf),
-    "adam_beta1 adam_beta2 eval_ratio lora_dropout": (0, 1),
+INHERITED_BOUNDS = {  # of flags that transformers declares; those of our own stand in their fields
+    "per_device_train_batch_size": Bounds(1),
+    "per_device_eval_batch_size": Bounds(1),
+    "gradient_accumulation_steps": Bounds(1),
+    "num_train_epochs": Bounds(0),
+    "learning_rate": Bounds(0),
+    "weight_decay": Bounds(0),
+    "max_grad_norm": Bounds(0),
+    "adam_beta1": Bounds(0, 1),
+    "adam_beta2": Bounds(0, 1),
 }
-NO_EFFECT = set(  # inherited flags that only other scripts or other kinds of evaluation read
-    "do_predict include_for_metrics batch_eval_metrics eval_do_concat_batches label_names use_cache length_column_name "
-    "prediction_loss_only remove_unused_columns".split()
-)
+WITHOUT_EFFECT = {  # inherited flags that other scripts or other kinds of evaluation read
+    "do_predict", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "label_names", "use_cache",
+    "length_column_name", "prediction_loss_only", "remove_unused_columns",
+}  # fmt: skip
 
 
-def settle(model_args, data_args, training_args, lora_args, named):
-    """Check the arguments against each other and fill in what follows from them.
+def implied(values: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that others decide, where they are not named themselves: evaluation data is used every epoch.
 
     Args:
-        named: names of the flags that were given.
+        values: all flags, with their defaults where they are not named.
+        named: the flags that were named.
+    """
+    evaluates = bool(values["eval_data_path"] or values["eval_ratio"])
+    if evaluates and values["eval_strategy"] == "no" and "eval_strategy" not in named:
+        return {"eval_strategy": "epoch"}
+    return {}
+
+
+def check_and_complete(
+    model_args: Any, data_args: Any, training_args: Any, lora_args: Any, named: dict[str, Any]
+) -> None:
+    """Check the four argument instances of finetune.py against each other and fill in what follows from them.
+
+    Args:
+        named: the flags that were named, with their values.
     Raises:
         UserError: what was found, what was expected.
     """
     for name, value in (("model_name_or_path", model_args.model_name_or_path), ("data_path", data_args.data_path)):
         if not value:
             raise UserError(f"--{name} is required; see --help.")
-    _in_range({**vars(model_args), **vars(data_args), **vars(training_args), **vars(lora_args)})
-    for name in sorted(named & NO_EFFECT):
+    for arguments in (model_args, data_args, training_args, lora_args):
+        _check_bounds(arguments)
+    for name in sorted(WITHOUT_EFFECT & set(named)):
         say(f"--{name} has no effect in this script.")
     _lora(training_args, lora_args, named)
     engines.refuse_unsupported(training_args, lora_args)
     _folders(model_args, training_args)
     _sampling(data_args, training_args)
     _packing(data_args, training_args, named)
-    if not named & {"gradient_checkpointing", "activation_checkpointing"}:
-        engines.set_checkpointing(training_args, None)  # plan.py chooses when the model is loaded
+    if not {"gradient_checkpointing", "activation_checkpointing"} & set(named):
+        engines.set_checkpointing(training_args, None)  # start_report chooses when the model is loaded
     _evaluation(data_args, training_args, named)
 
 
-def _in_range(values):
-    for names, (lowest, limit) in RANGES.items():
-        for name in names.split():
-            if values[name] is not None and not lowest <= values[name] < limit:
-                below = f" and below {limit}" if limit < math.inf else ""
-                raise UserError(f"--{name} {values[name]}: expected a number of at least {lowest}{below}.")
+def _check_bounds(arguments: Any) -> None:
+    for field in dataclasses.fields(arguments):
+        value, bounds = getattr(arguments, field.name), field.metadata.get("choices")
+        bounds = INHERITED_BOUNDS.get(field.name, bounds)
+        if isinstance(bounds, Bounds) and value is not None and value not in bounds:
+            raise UserError(f"--{field.name} {value}: expected a number of {bounds}.")
 
 
-def _lora(training_args, lora_args, named):
-    given = [name for name in (part.name for part in fields(lora_args)) if name in named and getattr(lora_args, name)]
-    if given and not training_args.use_lora:
+def _lora(training_args: Any, lora_args: Any, named: dict[str, Any]) -> None:
+    """Any flag of an adapter switches --use_lora on, as in FastChat; 0 is a value, False and an empty text are none."""
+    given = [name for name in vars(lora_args) if named.get(name) not in (None, "") and named[name] is not False]
+    if not training_args.use_lora and (given or lora_args.q_lora or lora_args.lora_weight_path):
         if "use_lora" in named:
             raise UserError("--use_lora False contradicts the LoRA flags; remove one of them.")
         training_args.use_lora = True
         say("LoRA flags are given: training a LoRA adapter (--use_lora).")
     folder = lora_args.lora_weight_path
-    if folder and len(given) > 1:
+    if folder and set(given) - {"lora_weight_path", "q_lora"}:
         say("--lora_weight_path: the adapter's own rank, alpha, dropout and modules are used.")
-    if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise UserError(f"--lora_weight_path {folder}: holds no adapter_config.json, so no adapter.")
+    if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, ADAPTER_CONFIG)):
+        raise UserError(f"--lora_weight_path {folder}: holds no {ADAPTER_CONFIG}, so no adapter.")
 
     if lora_args.lora_experts and not folder:
         _experts(lora_args)
@@ -91,7 +116,7 @@ def _experts(lora_args):
         lora_args.lora_dropout = 0.0
 
 
-def _folders(model_args, training_args):
+def _folders(model_args: Any, training_args: Any) -> None:
     folder = training_args.output_dir
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise UserError(f"--output_dir {folder}: is a file; expected a folder, or a new name.")
@@ -100,7 +125,7 @@ def _folders(model_args, training_args):
     training_args.resume_from_checkpoint = checkpoints.find_checkpoint(training_args.resume_from_checkpoint, folder)
 
 
-def _sampling(data_args, training_args):
+def _sampling(data_args: Any, training_args: Any) -> None:
     if training_args.train_sampling_strategy == "batch_rebalance":
         raise UserError("--train_sampling_strategy batch_rebalance: expected random, sequential or group_by_length.")
     if training_args.train_sampling_strategy == "group_by_length" and data_args.lazy_preprocess:
@@ -109,7 +134,7 @@ def _sampling(data_args, training_args):
         data_args.lazy_preprocess = False  # all rows are looked at
 
 
-def _packing(data_args, training_args, named):
+def _packing(data_args: Any, training_args: Any, named: dict[str, Any]) -> None:
     if not data_args.pack_tokens:
         return
     if data_args.lazy_preprocess:
@@ -127,7 +152,7 @@ def _packing(data_args, training_args, named):
         )
 
 
-def _evaluation(data_args, training_args, named):
+def _evaluation(data_args: Any, training_args: Any, named: dict[str, Any]) -> None:
     from transformers import IntervalStrategy
 
     something = bool(data_args.eval_data_path or data_args.eval_ratio)
@@ -141,7 +166,7 @@ def _evaluation(data_args, training_args, named):
     if data_args.eval_generate and not something:
         raise UserError(f"--eval_generate needs held-out conversations; {remedy}")
     if not something and training_args.eval_strategy != "no":
-        if "eval_strategy" in named:
+        if "eval_strategy" in named and "evaluation_strategy" not in named:  # ancestors' commands asked for it anyway
             raise UserError(f"--eval_strategy is set but there is nothing to evaluate; {remedy}")
         say("there is nothing to evaluate: training without evaluation; see --eval_data_path and --eval_ratio.")
         training_args.eval_strategy, training_args.do_eval = IntervalStrategy.NO, False

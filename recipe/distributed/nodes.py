@@ -1,10 +1,7 @@
 """Several machines that train together: they meet before the start, and each notices when another one is gone.
 
-    NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 python nodes.py    # on each machine with its own rank
-    python nodes.py --standalone --nproc_per_node 2 finetune.py ...    # torch.distributed.run with finetune's exit code
-
-A node is one machine. `meet` comes before torch.distributed.run, which waits ten minutes for a node that is missing and
-does not say which. `watch` runs inside the training, where a collective waits half an hour for a node that is gone.
+A node is one machine. `meet` runs before torch.distributed.run, which waits ten minutes for a missing node and does not
+name it. `watch` runs during the training, where a collective waits half an hour for a node that is gone.
 """
 
 import atexit
@@ -15,21 +12,39 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 from recipe import console
 from recipe.console import UserError
+
+CONNECT_TIMEOUT = 5  # seconds for one attempt to connect, and for a greeting to arrive
+RETRY = 0.5  # seconds between two attempts
+ANSWER_TIMEOUT = 10  # seconds that node 0 may need, after its own timeout, to send its answer
+LONGEST_MESSAGE = 10_000  # bytes
+GONE = 3  # exit code of a node that stops because another one is gone
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the start
 
 
-def meet(nnodes, node_rank, addr, port, timeout=60):
-    """Return on all nodes when all of them have come; node 0 listens at addr:port, the others connect to it.
+class Connected(NamedTuple):
+    """Another node that has connected to node 0."""
+
+    node: int
+    host: str
+    connection: socket.socket
+
+
+def meet(nnodes: int, node_rank: int, addr: str, port: int, timeout: float = 60) -> None:
+    """Wait until all nodes have come; node 0 listens at addr:port, the others connect to it.
 
     Args:
         timeout: seconds that each node waits, from its own start.
     Raises:
-        UserError: a node has not come, cannot reach node 0, or was started with other numbers; on all that came.
+        UserError: a node has not come, cannot reach node 0, or was started with other numbers; raised on all nodes
+            that have come.
     """
     if node_rank == 0:
         _receive(nnodes, addr, port, timeout)
@@ -37,59 +52,61 @@ def meet(nnodes, node_rank, addr, port, timeout=60):
         _greet(nnodes, node_rank, addr, port, timeout)
 
 
-def _receive(nnodes, addr, port, timeout):
-    """Node 0: wait for all, then give each the same answer, the problem there is or none."""
+def _receive(nnodes: int, addr: str, port: int, timeout: float) -> None:
+    """Run on node 0: wait for all others, then send each the same answer, a problem or None."""
     print(f"node 0 of {nnodes}: waiting for the others at {addr}:{port}, at most {timeout} s", flush=True)
     deadline = time.monotonic() + timeout
-    came, problem = [], "node 0 was stopped before all nodes had come."  # came: (node, host, connection)
+    came: list[Connected] = []
+    problem: str | None = "node 0 was stopped before all nodes had come."
     try:
         with _listening(port) as server:
             while len(came) < nnodes - 1:
                 _accept(server, nnodes, came)
-                came[:] = [entry for entry in came if not _hung_up(entry[2])]  # stopped there, and maybe started again
-                _compare(came, nnodes)
+                # One that was stopped may have been started again.
+                came[:] = [other for other in came if not _hung_up(other.connection)]
+                _refuse_duplicates(came, nnodes)
                 if time.monotonic() > deadline:
-                    nodes = {node for node, _, _ in came}
-                    raise UserError(_missing(sorted({*range(nnodes)} - nodes - {0}), nnodes, addr, port, timeout))
+                    missing = sorted({*range(1, nnodes)} - {other.node for other in came})
+                    raise UserError(_missing(missing, nnodes, addr, port, timeout))
         problem = None
         print(f"all {nnodes} nodes have come", flush=True)
     except UserError as error:
         problem = str(error)
         raise
     finally:
-        for _, _, connection in came:
-            with connection:
-                _send(connection, {"problem": problem})
+        for other in came:
+            with other.connection:
+                _send(other.connection, {"problem": problem})
 
 
-def _listening(port):
+def _listening(port: int) -> socket.socket:
     try:
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise UserError(_no_port(port, error)) from None  # others: IPv6 is switched off
+            raise UserError(_no_port(port, error)) from None  # any other error: IPv6 is switched off
     try:
         return socket.create_server(("", port))
     except OSError as error:
         raise UserError(_no_port(port, error)) from None
 
 
-def _no_port(port, error):
-    found = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({os.strerror(error.errno)})"
+def _no_port(port: int, error: OSError) -> str:
+    found = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
     return f"port {port} {found} on this machine, node 0; set another MASTER_PORT, the same on all nodes."
 
 
-def _accept(server, nnodes, came):
-    """Take up the next node into `came`; whatever else connects, such as a port scanner, is left out."""
-    server.settimeout(0.5)
+def _accept(server: socket.socket, nnodes: int, came: list[Connected]) -> None:
+    """Add the next node to `came`; anything else that connects, such as a port scanner, is ignored."""
+    server.settimeout(RETRY)
     try:
         connection, _ = server.accept()
     except TimeoutError:
         return
-    greeting = _read(connection, 5)
+    greeting = _read(connection, CONNECT_TIMEOUT)
     if isinstance(greeting, dict) and {"node", "nodes", "host"} <= set(greeting):
-        came.append((greeting["node"], greeting["host"], connection))
+        came.append(Connected(greeting["node"], greeting["host"], connection))
         if greeting["nodes"] != nnodes:
             raise UserError(
                 f"node {greeting['node']} ({greeting['host']}) was started with NNODES={greeting['nodes']}, node 0 "
@@ -99,18 +116,18 @@ def _accept(server, nnodes, came):
         connection.close()
 
 
-def _compare(came, nnodes):
-    hosts = {}
+def _refuse_duplicates(came: Iterable[Connected], nnodes: int) -> None:
+    hosts: dict[int, str] = {}
     for node, host, _ in came:
         if node in hosts:
             raise UserError(
-                f"two machines came as node {node} of {nnodes} ({hosts[node]} and {host}); set a NODE_RANK of its own "
-                f"on each, 0 to {nnodes - 1}."
+                f"two machines came as node {node} of {nnodes} ({hosts[node]} and {host}); set another NODE_RANK on "
+                f"each, 0 to {nnodes - 1}."
             )
         hosts[node] = host
 
 
-def _missing(nodes, nnodes, addr, port, timeout):
+def _missing(nodes: list[int], nnodes: int, addr: str, port: int, timeout: float) -> str:
     one = len(nodes) == 1
     names = f"node {nodes[0]}" if one else f"nodes {', '.join(map(str, nodes[:-1]))} and {nodes[-1]}"
     return (
@@ -120,15 +137,15 @@ def _missing(nodes, nnodes, addr, port, timeout):
     )
 
 
-def _greet(nnodes, node_rank, addr, port, timeout):
-    """Another node: connect to node 0, which may start later, and wait for its answer."""
+def _greet(nnodes: int, node_rank: int, addr: str, port: int, timeout: float) -> None:
+    """Run on the other nodes: connect to node 0, which may start later, and wait for its answer."""
     print(f"node {node_rank} of {nnodes}: looking for node 0 at {addr}:{port}, at most {timeout} s", flush=True)
     deadline = time.monotonic() + timeout
     while True:
         try:
-            with socket.create_connection((addr, port), timeout=5) as connection:
+            with socket.create_connection((addr, port), timeout=CONNECT_TIMEOUT) as connection:
                 _send(connection, {"node": node_rank, "nodes": nnodes, "host": socket.gethostname()})
-                answer = _read(connection, timeout + 10)  # node 0 may have started later, and knows when to give up
+                answer = _read(connection, timeout + ANSWER_TIMEOUT)  # node 0 may have started later
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
         else:
@@ -136,96 +153,65 @@ def _greet(nnodes, node_rank, addr, port, timeout):
                 if answer["problem"]:
                     raise UserError(answer["problem"])
                 return
-            reason = "what listens there does not answer as node 0 does"
+            reason = "another program listens there"
         if time.monotonic() > deadline:
             raise UserError(
                 f"node 0 cannot be reached at {addr}:{port} within {timeout} s ({reason}); start the same launcher "
                 "there with NODE_RANK=0, and check MASTER_ADDR and MASTER_PORT here and that a firewall lets this "
                 "machine reach that port."
             )
-        time.sleep(0.5)
+        time.sleep(RETRY)
 
 
-def _send(connection, message):
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     try:
         connection.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
-        pass  # gone: whoever reads finds out
+        pass  # the other side is gone, which the next read finds out
 
 
-def _read(connection, timeout):
-    """One line of JSON, or None for anything else."""
+def _read(connection: socket.socket, timeout: float) -> Any:
+    """Read one line of JSON; None for anything else."""
     connection.settimeout(timeout)
     try:
         with connection.makefile("rb") as stream:
-            return json.loads(stream.readline(10_000))
+            return json.loads(stream.readline(LONGEST_MESSAGE))
     except (OSError, ValueError):
         return None
 
 
-def _hung_up(connection):
+def _hung_up(connection: socket.socket) -> bool:
     connection.setblocking(False)
     try:
-        return not connection.recv(1)  # nothing more is sent by a node that waits
+        return not connection.recv(1)  # a node that waits sends nothing more
     except BlockingIOError:
         return False
     except OSError:
         return True
     finally:
-        connection.settimeout(5)
-
-
-def main():
-    if sys.argv[1:]:
-        torchrun(sys.argv[1:])
-    try:
-        names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if not os.environ.get(name)]
-        if missing:
-            raise UserError(f"{missing[0]} is not set; see --help of the launchers, such as finetune_lora_ds.sh.")
-        nnodes, node_rank, addr, port = (os.environ[name] for name in names)
-        meet(int(nnodes), int(node_rank), addr, int(port))
-    except UserError as error:
-        console.fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-def torchrun(argv):
-    """Run torch.distributed.run and end with the exit code of the process that failed first; its own is always 1."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    try:
-        run(parse_args(argv))
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        raise SystemExit(code if code > 0 else 128 - code) from None  # a signal, as shells have it
-    raise SystemExit(0)
+        connection.settimeout(CONNECT_TIMEOUT)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # While training
 
 
-def watch(patience=40, arrival=300):
+def watch(patience: float = 40, arrival: float = 300) -> "Watch":
     """Watch the other nodes of a torch.distributed.run, and end this process with exit code 3 when one is gone.
 
-    To be called on every rank when torch.distributed is initialised; it does nothing but on the first rank of each of
-    several nodes. A collective that waits for a node that is gone cannot be interrupted in any other way.
+    Call it on every rank; it starts on the first rank of each node, if there are several nodes. Nothing else interrupts
+    a collective that waits for a node that is gone.
+
     Args:
         patience: seconds without a sign of life of a node, or of the store on node 0, that end the training. A network
-            that fails for less than half of that is survived: TCP tries again ever more rarely.
+            that fails for less than half of that is survived, as TCP repeats lost packets at growing intervals.
         arrival: the same for a node that has not come here yet: it may still load libraries from a slow disk.
     Returns:
         A `Watch`; its close() tells the others that this node has finished. `with watch():` closes it unless an error
         is raised: the others must not wait for a node that failed.
     """
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    nodes = int(os.environ["WORLD_SIZE"]) // each if each else 1
-    node = int(os.environ.get("GROUP_RANK", int(os.environ.get("RANK", 0)) // each if each else 0))
-    watched = Watch(node, nodes, patience, arrival)
-    if nodes > 1 and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    watched = Watch(console.node_rank(), console.node_count(), patience, arrival)
+    if watched.nodes > 1 and console.local_rank() == 0:
         watched.start()
     return watched
 
@@ -233,41 +219,54 @@ def watch(patience=40, arrival=300):
 class Watch:
     """Signs of life of all nodes, in the store that torch.distributed.run keeps on node 0 at MASTER_ADDR:MASTER_PORT.
 
-    One thread writes and reads them and may be blocked when the link is cut; another one looks at the clock.
+    One thread writes and reads them, and may block when the link is cut; another thread checks their age.
+
+    Args:
+        node, nodes: number of this node, and how many there are.
+        patience, arrival: see `watch`.
     """
 
-    def __init__(self, node, nodes, patience, arrival):
+    def __init__(self, node: int, nodes: int, patience: float, arrival: float):
         self.node, self.nodes, self.patience, self.arrival = node, nodes, patience, arrival
-        self.interval = min(3, patience / 8)  # seconds between two signs
-        self.clock = 0.0  # seconds that this process was running: a stopped one has no right to complain
+        self.interval = min(3, patience / 8)  # seconds between two signs of life
+        self.clock = 0.0  # seconds that this process has run, without those in which it was stopped
         self.reached = 0.0  # clock when the store last answered
         self.heard = dict.fromkeys(set(range(nodes)) - {node}, 0.0)  # node: clock of its last new sign
-        self.signs, self.hosts, self.finished = {}, {}, set()
+        self.signs: dict[int, str] = {}  # node: its last sign
+        self.hosts: dict[int, str] = {}
+        self.finished: set[int] = set()
         self.ending, self.goodbye = threading.Event(), False
         self.beats = threading.Thread(target=self._beat, daemon=True)
 
-    def start(self):
+    def start(self) -> None:
+        """Start both threads."""
         self.beats.start()
-        threading.Thread(target=self._look, daemon=True).start()
-        atexit.register(self._end)  # a thread inside of torch when the interpreter goes down would crash it
+        threading.Thread(target=self._check, daemon=True).start()
+        atexit.register(self._end)  # a thread that is inside torch would crash the interpreter's teardown
 
-    def close(self):
+    def close(self) -> None:
         """Tell the other nodes that this one has finished, which takes at most some seconds."""
         self.goodbye = True
         self._end()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_):
-        self._end() if kind else self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind:
+            self._end()
+        else:
+            self.close()
 
-    def _end(self):
+    def _end(self) -> None:
         self.ending.set()
         if self.beats.is_alive():
             self.beats.join(timeout=5)
 
-    def _beat(self):
+    def _beat(self) -> None:
+        """Write this node's sign of life and read those of the others, until the end."""
         store, count, ending = None, 0, False
         while not ending:
             ending = self.ending.wait(self.interval if count else 0)
@@ -280,54 +279,51 @@ class Watch:
                     if store.check([str(other)]):
                         self._hear(other, *store.get(str(other)).decode().split(" ", 1))
                 self.reached = self.clock
-            except Exception:  # whatever torch raises: no answer is no sign of life
+            except Exception:  # whatever torch raises, the store did not answer
                 store = None
 
-    def _store(self):
+    def _store(self) -> Any:
         from datetime import timedelta
 
         from torch.distributed import PrefixStore, TCPStore
 
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        client = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-        return PrefixStore(f"nodes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", client)
+        timeout = timedelta(seconds=CONNECT_TIMEOUT)
+        client = TCPStore(*console.store_address(), is_master=False, wait_for_workers=False, timeout=timeout)
+        return PrefixStore(f"nodes/{console.restart_count()}", client)
 
-    def _hear(self, other, sign, host):
+    def _hear(self, other: int, sign: str, host: str) -> None:
         self.hosts[other] = host
         if sign == "end":
             self.finished.add(other)
         elif sign != self.signs.get(other):
             self.signs[other], self.heard[other] = sign, self.clock
 
-    def _look(self):
+    def _check(self) -> None:
+        """End the process when the last sign of another node is too old."""
         before = time.monotonic()
         while not self.ending.wait(self.interval / 2):
             now = time.monotonic()
             self.clock += min(now - before, 2 * self.interval)
             before = now
             if 0 in self.finished and self.clock - self.reached > 4 * self.interval:
-                continue  # the store ended with node 0, as it may
+                continue  # node 0 has finished, and the store with it
             ages = {other: self.clock - heard for other, heard in self.heard.items() if other not in self.finished}
             limits = {other: self.patience if other in self.signs else self.arrival for other in ages}
             if any(ages[other] > limits[other] for other in ages):
-                # Others heard of about as long ago are told, too: this node may be the one that is cut off.
+                # Name others of about the same age as well: this node may be the one that is cut off.
                 late = [other for other in ages if ages[other] > limits[other] - 2 * self.interval]
                 self._stop(late, min(ages[other] for other in late))
 
-    def _stop(self, late, age):
+    def _stop(self, late: list[int], age: float) -> None:
         names = [f"{other} ({self.hosts[other]})" if other in self.hosts else str(other) for other in late]
         text = f"nodes {', '.join(names[:-1])} and {names[-1]} have" if names[1:] else f"node {names[0]} has"
-        flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # which may wait for a lock
+        flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # in a thread, as it may wait for a lock
         flush.start()
         flush.join(1)
-        line = (  # on a line of its own, below a progress bar
+        line = (  # starts a new line, below a progress bar
             f"\nerror: {text} not been heard of for {age:.0f} s, so training stops here on node {self.node} of "
             f"{self.nodes}; the newest complete checkpoint stays: start again on all nodes with "
             "--resume_from_checkpoint auto.\n"
         )
         os.write(2, line.encode())
-        os._exit(3)
-
-
-if __name__ == "__main__":
-    main()
+        os._exit(GONE)
