@@ -191,8 +191,9 @@ class LoraArguments:
     lora_alpha: int = flag(16, "Scale of the adapter: its output counts alpha / r times.", at_least=1)
     lora_dropout: float = flag(0.05, "Dropout before the adapter; more for few data, 0 for many.", at_least=0, below=1)
     lora_target_modules: list[str] | None = flag(
-        None, "Names of the linear layers to adapt, such as q_proj v_proj. If not set, all except the output "
-        "head, routers and gates."
+        None,
+        "Names of the linear layers to adapt, such as q_proj v_proj. If not set, all except the output "
+        "head, routers and gates.",
     )
     lora_experts: bool = flag(
         False,

@@ -93,13 +93,12 @@ def _lora(training_args: Any, lora_args: Any, named: dict[str, Any]) -> None:
         say("--lora_weight_path: the adapter's own rank, alpha, dropout and modules are used.")
     if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, ADAPTER_CONFIG)):
         raise UserError(f"--lora_weight_path {folder}: holds no {ADAPTER_CONFIG}, so no adapter.")
-
     if lora_args.lora_experts and not folder:
         _experts(lora_args)
 
 
-def _experts(lora_args):
-    """peft knows adapters on stacked experts in the plainest form alone."""
+def _experts(lora_args: Any) -> None:
+    """Refuse adapters of experts that peft does not have."""
     start = lora_args.init_lora_weights
     refused = {
         "--use_dora": lora_args.use_dora,
@@ -109,7 +108,8 @@ def _experts(lora_args):
     for flag, given in refused.items():
         if given:
             raise UserError(
-                f"--lora_experts and {flag} exclude each other, as peft has no such adapters of experts; leave out one of them."
+                f"--lora_experts and {flag} exclude each other, as peft has no such adapters of experts; leave out one "
+                "of them."
             )
     if lora_args.lora_dropout:
         say("--lora_experts: no adapter has dropout, as peft cannot load an adapter of experts that has it.")

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from recipe import console
 from recipe.console import UserError, say
 
 TrainingArguments: TypeAlias = Any  # the class of finetune.py, which lies above this room
@@ -203,7 +204,7 @@ def set_up(args: TrainingArguments) -> None:
     """
     if args.deepspeed and args.fsdp:
         raise UserError("--deepspeed and --fsdp exclude each other; give one of them.")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = console.world_size()
     library = "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else ""
     if library and args.use_cpu and processes == 1:
         say(f"{library} is left out: one process on a CPU has nothing to share out.")
@@ -233,7 +234,7 @@ def _set_environment(args: TrainingArguments) -> None:
     if args.fsdp:
         os.environ.setdefault("ACCELERATE_USE_FSDP", "true")
         os.environ.setdefault("FSDP_STATE_DICT_TYPE", args.fsdp_config["state_dict_type"])
-    if not args.use_cpu and "RANK" not in os.environ:
+    if not args.use_cpu and not console.launched():
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({**alone, "MASTER_PORT": str(_free_port())})
 

@@ -6,6 +6,8 @@ import platform
 import torch
 from torch import nn
 
+from recipe import console
+
 
 def best_dtype(cpu: bool) -> torch.dtype:
     """Return the fastest precision that trains well on this machine.
@@ -19,7 +21,7 @@ def best_dtype(cpu: bool) -> torch.dtype:
     """
     if not cpu:
         return torch.bfloat16 if has_bf16(cpu) else torch.float16
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # ranks on different machines must agree
+    several = console.world_size() > 1  # ranks on different machines must agree
     return torch.bfloat16 if _cpu_is_fast_in_bf16() and not several else torch.float32
 
 

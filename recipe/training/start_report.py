@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-import os
 
 import numpy as np
 
+from recipe import console
 from recipe.console import UserError, say
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
@@ -176,7 +176,7 @@ def _needed(trainer, compute_dtype, lora_args, checkpointing):
 def _room(trainer):
     """Bytes of one device for this process: what is free, and what the loaded weights have taken already."""
     device = trainer.args.device
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1  # processes that share it
+    here = console.local_world_size() if device.type == "cpu" else 1  # processes that share it
     return free_memory(device) // here + _loaded(trainer.model, device)
 
 
