@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import transformers
-from helpers import ROWS, argv, write
 from safetensors.torch import load_file
 
 import finetune
+from helpers import ROWS, argv, write
 from recipe.model import adapter
 
 SMALL = dict(
