@@ -1,11 +1,13 @@
 """Layers that carry a state from token to token: in a packed row each document is computed as if it were alone.
 
-FAMILIES holds every model of transformers with such layers, tiny and random: packed rows are exact, or they are padded.
+PACKED and PADDED hold every model of transformers with such layers, tiny and random: packed rows are exact, or a reason
+is found why they are not.
 """
 
 import importlib.util
 import pathlib
 import re
+import shutil
 import sys
 
 import pytest
@@ -13,7 +15,10 @@ import torch
 import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from helpers import UNEVEN_ROWS, reference, relative, step, write
 from recipe.dataset.collator import Collator
+from recipe.dataset.conversations import Conversations
+from recipe.dataset.encoding import ChatEncoder
 from recipe.model import attention, linear_attention
 from recipe.training import checks
 
@@ -86,6 +91,7 @@ PADDED = {
 }  # fmt: skip
 NO_TEXT_MODEL = {"nemotron3_5_transcribe", "nemotron_h_omni"}  # loaded by no class that the recipe uses
 TOWERS = {"minicpm_ocr": "qwen3_5_text", "minicpmv4_6": "qwen3_5_text", "minicpmv4_7": "qwen3_5_text"}
+ROWS = [row for row in UNEVEN_ROWS if len(row["completion"]) < 100]
 LENGTHS = [70, 1, 2, 3, 5, 130, 2]  # shorter than the convolution, longer than a chunk of 64
 
 
@@ -224,10 +230,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "kimi_linear", "lfm2"])
+@pytest.mark.parametrize(
+    "kind, way",
+    [(kind, way) for kind in ("qwen3_5_text", "kimi_linear", "lfm2") for way in WAYS if "checkpoints" in way]
+    + [pytest.param("qwen3_5_text", "compiled layers", marks=pytest.mark.slow)],
+)
 def test_checkpointed_and_compiled_layers_compute_the_same(kind, way):
-    model, row = tiny(kind).train(), Collator()(random_documents())
+    few = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]) if "compiled" in way else {}
+    model, row = tiny(kind, **few).train(), Collator()(random_documents())
     linear_attention.keep_documents_apart(model)
     model.enable_input_require_grads()
     expected = logits_and_gradients(model, [row])
@@ -235,8 +245,54 @@ def test_checkpointed_and_compiled_layers_compute_the_same(kind, way):
     assert model.is_gradient_checkpointing or "compiled" in way
     assert max(apart(logits_and_gradients(model, [row]), expected)) < 1e-6
     other = random_documents([5, 1, 40])  # compiled code, too, takes rows of other documents
-    expected = logits_and_gradients(tiny(kind), alone(other))
+    expected = logits_and_gradients(tiny(kind, **few), alone(other))
     assert max(apart(logits_and_gradients(model, [Collator()(other)]), expected)) < 1e-6
+
+
+@pytest.fixture
+def folder_of(small_tokenizer, tmp_path):
+    """Function from a model type to a folder with a tiny random model of it."""
+
+    def folder(kind):
+        shutil.copytree(small_tokenizer, tmp_path / "model")
+        tiny(kind).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return folder
+
+
+def train_one_step(folder, tmp_path, *more):
+    """Train one step of the recipe on ROWS; its loss and gradients must be those of each document alone."""
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    encoder, conversations = ChatEncoder(transformers.AutoTokenizer.from_pretrained(folder)), Conversations([str(data)])
+    documents = [encoder.encode(conversations[row]).documents for row in range(len(ROWS))]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected_loss, expected = reference(plain, documents)
+    loss, gradients = step(tmp_path, folder, data, "out", "--use_cpu", "True", *more)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert relative(gradients, {name: gradient for name, gradient in expected.items() if gradient.norm() > 1e-2}) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next", "kimi_linear", "lfm2"])
+def test_a_step_of_training_on_packed_rows_is_that_of_plain_torch(folder_of, tmp_path, capsys, kind):
+    more = ["--pack_tokens", 100, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8]
+    train_one_step(folder_of(kind), tmp_path, *more)
+    said = capsys.readouterr().out
+    assert "linear attention: torch functions, each document by itself\n" in said and "padded" not in said
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("bamba", "this model mixes the documents of a row"),
+        ("zaya", "layers of the kind hybrid are not known to keep the documents of a row apart"),
+    ],
+)
+def test_training_says_that_and_why_rows_are_padded(folder_of, tmp_path, capsys, kind, reason):
+    train_one_step(folder_of(kind), tmp_path, "--per_device_train_batch_size", 8)
+    said = capsys.readouterr().out
+    assert f"\n{reason}: training with padded batches, a row for each document, which takes time and memory" in said
+    assert "sliding window" not in said
 
 
 @pytest.mark.parametrize("kind", PACKED)
