@@ -450,18 +450,18 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
         trainer.model_wrapped.empty_partition_cache()  # generation may have left weights gathered
     # ZeRO-3 and FSDP2: each rank holds a part of each tensor, and all take part in putting it together.
     state = weights.gather_state_dict(model, keep=args.should_save, rows=rows)
-    problem = names = None
+    problem, names, adapter = None, None, hasattr(model, "peft_config")
     if args.should_save:
         try:
             weights.refuse_infinite(state)  # before anything good is written over
-            if not hasattr(model, "peft_config"):  # a whole model: what was not trained comes out as it went in
+            if not adapter:  # what was not trained comes out as it went in
                 base = BaseFiles(model, args.cache_dir)
                 names = base.names()
                 state |= base.unchanged() if rows is None else {}
                 base.copy_processor(output_dir)
             trainer._save(output_dir, state_dict=state)
-            moved = trainer.weights_have_moved()
-            checkpoints.verify_saved(output_dir, state, moved, names if rows is None else None)
+            written = weights.adapter_state_dict(model, state) if adapter else state
+            checkpoints.verify_saved(output_dir, written, trainer.weights_have_moved(), names if rows is None else None)
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
@@ -560,7 +560,7 @@ def run(model_args, data_args, training_args, lora_args):
         metrics.update(evaluated)
         trainer.save_state()
     if trainer.args.should_save:
-        curves.draw(trainer.state.log_history, training_args.output_dir)
+        curves.plot_loss(trainer.state.log_history, training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return metrics

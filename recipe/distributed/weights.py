@@ -49,23 +49,22 @@ def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[s
     The parts of one tensor at a time are put together: a GPU holds one whole tensor, main memory one model.
 
     Args:
-        model: The unwrapped model; of one with an adapter only what is trained, and what peft saves beside it.
+        model: The unwrapped model; of one with an adapter only what belongs to the adapter is gathered.
         keep: Whether this rank writes them; the others only take part.
         rows: How many rows of every tensor of a whole model to keep (None: all).
 
     Returns:
         {name: tensor}, in main memory where the engine held parts; tied weights are one tensor. Without `keep` empty.
+
+    Raises:
+        UserError: A trained tensor does not belong to the adapter and would be lost; on all ranks.
     """
     adapter = hasattr(model, "peft_config")
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     tensors = model.state_dict(keep_vars=True)
     if adapter:
-        from peft import get_peft_model_state_dict
-
-        saved = get_peft_model_state_dict(model, tensors, save_embedding_layers=False).values()
-        beside = {id(tensor) for tensor in saved}  # such as the frozen projections of VeRA
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad or id(tensor) in beside}
+        tensors = _of_adapter(model, tensors)
     for name, tensor in tensors.items():
         if id(tensor) not in seen:
             full = gather_full(tensor)
@@ -77,6 +76,26 @@ def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[s
         if keep:
             state[name.replace("_checkpoint_wrapped_module.", "")] = seen[id(tensor)]
     return state
+
+
+def adapter_state_dict(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what peft writes of these tensors of a model, under the names that it writes."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+
+
+def _of_adapter(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors that are trained, and what peft saves beside them, such as the projections of VeRA."""
+    trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    saved = {id(tensor) for tensor in adapter_state_dict(model, tensors).values()}
+    unsaved = [name for name, tensor in trained.items() if id(tensor) not in saved]
+    if unsaved and saved <= {id(tensor) for tensor in tensors.values()}:  # else peft saves what it makes of them
+        raise UserError(
+            f"{len(unsaved)} tensors are trained that peft does not save with this adapter, the first is {unsaved[0]}; "
+            "freeze them, or name their modules in --modules_to_save."
+        )
+    return {name: tensor for name, tensor in tensors.items() if name in trained or id(tensor) in saved}
 
 
 def refuse_infinite(weights: dict[str, torch.Tensor]) -> None:

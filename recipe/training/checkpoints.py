@@ -324,7 +324,7 @@ def verify_saved(
 
     Args:
         folder: Where a model or an adapter was saved.
-        state: {name: tensor} that should be there (None: known from the files alone).
+        state: {name: tensor} that should be there, of an adapter with peft's names (None: known from the files alone).
         moved: Whether training must have changed the weights.
         base_names: Names of the tensors that the files of a whole model must have: those of its base model.
         read: Whether to read the tensors; without, files that end early or are missing are still found.
@@ -338,7 +338,7 @@ def verify_saved(
     if read:
         sizes, zero = _read_tensors(files)
         if state is not None:
-            _refuse_other_numbers(folder, sum(sizes.values()), state)
+            _refuse_other_sizes(folder, sizes, state, adapter)
         if moved and adapter:
             _refuse_unmoved(folder, sizes, zero)
     if base_names and (odd := sorted((names ^ base_names.all) - base_names.shared)):
@@ -398,12 +398,15 @@ def _read_tensors(files: list[str]) -> tuple[dict[str, int], set[str]]:
     return sizes, zero
 
 
-def _refuse_other_numbers(folder: str, elements: int, state: dict[str, torch.Tensor]) -> None:
-    tensors = {id(tensor): tensor for tensor in state.values()}.values()  # tied weights are one tensor
-    expected = sum(tensor.numel() for tensor in tensors)
-    every_name = sum(tensor.numel() for tensor in state.values())  # peft writes shared weights under each name
-    if elements not in (expected, every_name):
-        raise UserError(f"{folder}: holds {elements:,} numbers, expected the {expected:,} that were trained.")
+def _refuse_other_sizes(folder: str, sizes: dict[str, int], state: dict[str, torch.Tensor], adapter: bool) -> None:
+    found, expected = sum(sizes.values()), sum(tensor.numel() for tensor in state.values())
+    once = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in state.values()}.values())
+    # peft writes each name, transformers writes weights with several names once, and may rename some
+    if found != expected and (adapter or found != once) or adapter and sizes.keys() != state.keys():
+        raise UserError(
+            f"{folder}: holds {found:,} numbers in {len(sizes)} tensors, expected the {expected:,} in {len(state)} "
+            "that were trained."
+        )
 
 
 def _refuse_unmoved(folder: str, sizes: dict[str, int], zero: set[str]) -> None:

@@ -2,6 +2,8 @@
 
 import functools
 import re
+from enum import StrEnum
+from typing import Any
 
 import torch
 import transformers
@@ -12,7 +14,13 @@ from recipe.dataset.collator import Collator
 from recipe.distributed import engines, weights
 from recipe.model import attention
 
-NONE, INFINITE, ZERO = "no gradient", "no finite gradient", "a gradient of zero"
+
+class Fault(StrEnum):
+    """What can be wrong with the gradient of a trained tensor."""
+
+    NONE = "no gradient"
+    INFINITE = "no finite gradient"
+    ZERO = "a gradient of zero"
 
 
 def packing_fault(model: nn.Module, collator: Collator, length: int = 16) -> str | None:
@@ -68,14 +76,14 @@ def _logits(model, batch, length):
 
 
 class SelfChecks(transformers.TrainerCallback):
-    """What a run tries before and at its first optimizer step, when the engine holds the model.
+    """Check the run before and at its first optimizer step, when the engine holds the model.
 
-    Before: documents of a row are computed apart (else rows are padded), and saving works. At the step: the loss
-    reaches every trained tensor. Without that, an adapter cut off from the loss (frozen embeddings under gradient
-    checkpointing, a wrong target) trains for hours and ends as it began.
+    Before: the engine that was chosen runs, the documents of a row are computed apart (else rows are padded), saving
+    works. At the step: the loss reaches every trained tensor. An adapter that is cut off from the loss (frozen
+    embeddings under gradient checkpointing, a wrong target) would train for hours and end as it began.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Any):
         self.trainer, self.done = trainer, False
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -104,7 +112,7 @@ class SelfChecks(transformers.TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.done and self.keeps_gradients:
-            self._stop_at({name: _fault(p.grad) for name, p in model.named_parameters() if p.requires_grad}, args)
+            self._refuse({name: _fault(p.grad) for name, p in model.named_parameters() if p.requires_grad}, args)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not self.done and not self.keeps_gradients:
@@ -112,16 +120,21 @@ class SelfChecks(transformers.TrainerCallback):
                 hook.remove()
             names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
             counts = self.trainer.accelerator.reduce(self.arrived).tolist()
-            self._stop_at({name: _fault_of(*row) for name, row in zip(names, counts, strict=True)}, args)
+            self._refuse({name: _fault_of(*row) for name, row in zip(names, counts, strict=True)}, args)
 
-    def _stop_at(self, faults, args):
+    def _refuse(self, faults, args):
+        """Stop the run at a fault in {name: Fault or None} that is one."""
         self.done = True
-        faults = {name: fault for name, fault in faults.items() if fault}
-        # Of experts that are modules of their own, not in a stack, some may have had no token.
-        faults = {name: fault for name, fault in faults.items() if not re.search(r"\.experts\.\d+\.", name)}
-        faults = {name: fault for name, fault in faults.items() if fault != ZERO or "lora_B" in name}
-        if args.fp16:  # the loss scale starts high and finds its level in the first steps
-            faults = {name: fault for name, fault in faults.items() if fault != INFINITE}
+        config = getattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "peft_config", {}).get("default")
+        lora = config is not None and config.peft_type == "LORA"  # its B starts at zero, so A alone has a zero gradient
+        faults = {
+            name: fault
+            for name, fault in faults.items()
+            if fault
+            and not re.search(r"\.experts\.\d+\.", name)  # an expert that is not in a stack may have had no token
+            and (fault != Fault.ZERO or lora and "lora_B" in name)
+            and (fault != Fault.INFINITE or not args.fp16)  # whose loss scale starts high and finds its level
+        }
         if faults:
             name, fault = next(iter(faults.items()))
             raise UserError(
@@ -132,11 +145,11 @@ class SelfChecks(transformers.TrainerCallback):
 
 def _fault(gradient):
     if gradient is None:
-        return NONE
+        return Fault.NONE
     gradient = weights.gather_full(gradient)
     return _fault_of(not gradient.isfinite().all(), gradient.any(), 1)
 
 
 def _fault_of(infinite, any_value, arrived):
-    """What is wrong with a gradient, from counts of arrivals: those not finite, those with a value, all; or None."""
-    return NONE if not arrived else INFINITE if infinite else None if any_value else ZERO
+    """Return the Fault of a gradient or None, from counts: of values not finite, of other values than 0, of arrivals."""
+    return Fault.NONE if not arrived else Fault.INFINITE if infinite else None if any_value else Fault.ZERO

@@ -198,8 +198,8 @@ def test_files_with_other_names_than_the_base_models_are_refused(trained, checkp
     names = BaseFiles(loaded(checkpoint("qwen3_5"))).names()
     weights = load_file(trained("qwen3_5", "--per_device_train_batch_size", "8") / "model.safetensors")
     save_file(weights, tmp_path / "model.safetensors")
-    checkpoints.verify_saved(tmp_path, names=names)
+    checkpoints.verify_saved(tmp_path, base_names=names)
     weights["mtp.norm.weights"] = weights.pop("mtp.norm.weight")
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="2 names of weights are not those of the base model, the first is mtp.norm"):
-        checkpoints.verify_saved(tmp_path, names=names)
+        checkpoints.verify_saved(tmp_path, base_names=names)

@@ -64,9 +64,10 @@ def spoilt(folder, change):
         (lambda w, name: w.update({name: w[name] * float("nan")}), "is not finite"),
         (lambda w, name: w.update({name: w[name] * float("inf")}), "is not finite"),
         (lambda w, name: w.pop(name), "expected the"),
+        (lambda w, name: w.update({f"{name}.other": w.pop(name)}), "expected the"),
         (lambda w, name: [w[key].zero_() for key in w if "lora_B" in key], "every lora_B is still zero"),
     ],
-    ids=["empty", "nan", "infinite", "missing", "unmoved"],
+    ids=["empty", "nan", "infinite", "missing", "renamed", "unmoved"],
 )
 def test_a_file_that_does_not_hold_what_was_trained_is_refused(run, change, found):
     state = load_file(run / "adapter_model.safetensors")
@@ -183,8 +184,27 @@ ADAPTERS = {
     "IA3": lambda peft: peft.IA3Config(
         task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
+    "trainable tokens": lambda peft: peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[999]),
+    "AdaLoRA": lambda peft: peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", total_step=6, init_r=8, target_r=4, target_modules=["q_proj"]
+    ),
     "LoHa": lambda peft: peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
 }
+
+
+def test_a_trained_tensor_that_peft_would_not_save_stops_the_run_before_its_first_step(
+    tiny_model, data, tmp_path, monkeypatch
+):
+    add_adapter = finetune.add_adapter
+
+    def with_norm(model, *args):
+        model = add_adapter(model, *args)
+        model.base_model.model.model.norm.weight.requires_grad_(True)
+        return model
+
+    monkeypatch.setattr(finetune, "add_adapter", with_norm)
+    with pytest.raises(UserError, match="1 tensors are trained that peft does not save .*model.norm.weight"):
+        finetune.train(argv(tiny_model, data, tmp_path / "out", "--use_lora"))
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
