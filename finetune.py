@@ -25,8 +25,9 @@ from transformers.training_args import OptimizerNames
 from recipe.console import UserError, say
 from recipe.dataset import encoding, report, tokenised
 from recipe.dataset.collator import Collator
-from recipe.dataset.conversations import Conversations, hold_out, named_paths
+from recipe.dataset.conversations import Conversations, hold_out, named_sources
 from recipe.dataset.encoding import ChatEncoder
+from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model.precision import best_dtype, dtype_name, has_bf16
 
@@ -64,7 +65,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = flag(None,
-        "One or more training files (JSON, JSON Lines, .gz of these, Parquet, CSV) or a hub dataset. Required."
+        "Files, folders or patterns (JSON, JSON Lines, Parquet, Arrow, CSV, also compressed), or hub datasets; "
+        "docs/data.md has all forms. Required."
     )
     eval_data_path: list[str] = flag(None,
         "One or more files to evaluate on, each reported apart, once an epoch unless --eval_strategy is given. "
@@ -73,6 +75,10 @@ class DataArguments:
     eval_ratio: float = flag(0.0,
         "Share of the training rows, 0 to 1, held out for evaluation, drawn with --seed. Default 0. Use it when "
         "there is no --eval_data_path."
+    )
+    columns: list[str] = flag(None,
+        "Fields of your records, as prompt=question completion=reply, where none of the shapes of docs/data.md fits. "
+        "Default none."
     )
     lazy_preprocess: bool = flag(False,
         "Tokenise rows when they are needed instead of all before the first step. Default False. For files of more "
@@ -319,12 +325,12 @@ def make_datasets(
     data_args: DataArguments, training_args: TrainingArguments, encoder: ChatEncoder
 ) -> tuple[SupervisedDataset, dict[str, SupervisedDataset] | None]:
     """Return the training dataset, and those to evaluate on by the name of their file (None if there is none)."""
-    held_out = {}
+    sources, held_out = parse_sources(data_args.data_path, data_args.columns), {}
     if data_args.eval_ratio:
-        chosen, held_out["held_out"] = hold_out(data_args.data_path, data_args.eval_ratio, training_args.seed)
+        chosen, held_out["held_out"] = hold_out(sources, data_args.eval_ratio, training_args.seed)
     else:
-        chosen = Conversations(data_args.data_path)
-        held_out = {name: Conversations([path]) for name, path in named_paths(data_args.eval_data_path or []).items()}
+        chosen, eval_sources = Conversations(sources), parse_sources(data_args.eval_data_path or [], data_args.columns)
+        held_out = {name: Conversations([source]) for name, source in named_sources(eval_sources).items()}
     limits = {"max_length": training_args.model_max_length, "overlong": data_args.overlong}
     train_class = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
     train_dataset = train_class(chosen, encoder, **limits)

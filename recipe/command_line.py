@@ -118,10 +118,14 @@ def _config_argv(path):
         if value is False and str(name).endswith("strategy"):
             value = "no"  # which YAML reads as False
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
+            words += [f"--{name}", *map(_word, value)] if value else []
         elif value is not None:
-            words.append(f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
+            words.append(f"--{name}={_word(value)}")
     return words
+
+
+def _word(value):
+    return json.dumps(value, default=str) if isinstance(value, dict) else str(value)
 
 
 def _entries(path):
