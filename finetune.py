@@ -93,6 +93,9 @@ class DataArguments:
         "What becomes of conversations longer than --model_max_length: drop (default), truncate (after the last "
         "assistant turn that fits whole) or error. Change it when long ones must not be lost."
     )
+    on_bad_row: Literal["error", "skip"] = flag("error",
+        "What becomes of a record that cannot be read: error (default), or skip, which counts and lists them."
+    )
     thinking: Literal[encoding.THINKING] = flag("auto",
         "Thoughts (reasoning_content, <think>): auto (default) trains those in the data and puts turns without one "
         "after the prompt of enable_thinking=False; keep trains them and puts the others after the default prompt; "
@@ -263,29 +266,27 @@ class SupervisedDataset(Dataset):
         encoder: how they become ids and labels.
         max_length: longest document, in tokens.
         overlong: "drop", "truncate" or "error", for conversations with a longer one.
+        on_bad_row: "error" or "skip", for records that cannot be read or rendered.
     Attributes:
-        kept, dropped, lengths, sizes, notes, unused, tokens, supervised: see `tokenised.Figures`.
+        kept, dropped, lengths, sizes, notes, unused, problems, tokens, supervised: see `tokenised.Figures`.
         examined: number of conversations that these figures count.
     Raises:
         UserError: a conversation cannot be read or rendered, or none is left.
     """
 
-    def __init__(self, conversations: Conversations, encoder: ChatEncoder, max_length: int, overlong: str = "drop"):
+    def __init__(
+        self, conversations: Conversations, encoder: ChatEncoder, max_length: int, overlong="drop", on_bad_row="error"
+    ):
         self.conversations, self.max_length = conversations, max_length
-        self.tokeniser = tokenised.Tokeniser(conversations, encoder, max_length, overlong)
+        self.tokeniser = tokenised.Tokeniser(conversations, encoder, max_length, overlong, on_bad_row)
         figures = self._prepare()
-        self.kept, self.dropped, self.lengths, self.sizes = (
-            figures.kept,
-            figures.dropped,
-            figures.lengths,
-            figures.sizes,
-        )
+        self.kept, self.lengths, self.sizes = figures.kept, figures.lengths, figures.sizes
+        self.dropped, self.problems = figures.dropped, figures.problems
         self.notes, self.unused = figures.notes, figures.unused
         self.tokens, self.supervised = figures.tokens, figures.supervised
         self.examined = len(self.lengths)
         if not len(self):
-            reasons = "; ".join(f"{len(rows)} {reason.words(max_length)}" for reason, rows in self.dropped.items())
-            raise UserError(f"no row is left to use: {reasons}. Raise --model_max_length or mend the data.")
+            raise UserError(f"no row is left to use: {figures.reasons(max_length)}")
 
     def _prepare(self) -> tokenised.Figures:
         self.rows = tokenised.cached_rows(self.tokeniser)
@@ -331,11 +332,12 @@ def make_datasets(
     else:
         chosen, eval_sources = Conversations(sources), parse_sources(data_args.eval_data_path or [], data_args.columns)
         held_out = {name: Conversations([source]) for name, source in named_sources(eval_sources).items()}
-    limits = {"max_length": training_args.model_max_length, "overlong": data_args.overlong}
+    options = {"max_length": training_args.model_max_length, "overlong": data_args.overlong}
+    options |= {"encoder": encoder, "on_bad_row": data_args.on_bad_row}
     train_class = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
-    train_dataset = train_class(chosen, encoder, **limits)
+    train_dataset = train_class(chosen, **options)
     # Evaluation rows are always tokenised in advance: no row may replace another there.
-    return train_dataset, {name: SupervisedDataset(part, encoder, **limits) for name, part in held_out.items()} or None
+    return train_dataset, {name: SupervisedDataset(part, **options) for name, part in held_out.items()} or None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

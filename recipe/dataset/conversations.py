@@ -8,11 +8,12 @@ files are memory-mapped by `datasets`.
 """
 
 import bisect
+import contextlib
 import copy
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -23,6 +24,7 @@ from recipe.dataset.messages import EMPTY, FIELDS, Message, field, json_list, to
 from recipe.dataset.shapes import BARE_LIST, RECORD_FIELDS, Shape, shape_of
 from recipe.dataset.sources import Source, parse_sources
 
+LOOKED_AT = 100  # records at the beginning of a file, to name its shape
 MEDIA_MARKER = re.compile(r"<(image|img|video|audio)>")
 
 
@@ -186,13 +188,22 @@ class Conversations(Sequence[Conversation]):
         settings = (repr(dataclasses.replace(source, path="")) for source in self.sources)
         return "|".join([*settings, *(file.fingerprint() for file, _ in self._files), chosen])
 
+    def readable(self, indices: Iterable[int]) -> Iterator[Conversation]:
+        """Read those of the conversations that can be read."""
+        for index in indices:
+            with contextlib.suppress(UserError):
+                yield self[index]
+
     def shapes(self) -> dict[str, str]:
-        """Return the shape of each file's first record, by the file's name, for the log."""
-        first = ((file, file.where(0), source) for file, source in self._files)
-        return {
-            file.name: shape_of(renamed(file[0], source.columns), where, source.columns).name
-            for file, where, source in first
-        }
+        """Return the shape of each file's first record that has one, by the file's name, for the log."""
+        return {file.name: _first_shape(file, source.columns) for file, source in self._files}
+
+
+def _first_shape(file: Records, columns: Mapping[str, str]) -> str:
+    for number in range(min(len(file), LOOKED_AT)):
+        with contextlib.suppress(UserError):
+            return shape_of(renamed(file[number], columns), "", columns).name
+    return "no record can be read"
 
 
 def named_sources(sources: Sequence[Source]) -> dict[str, Source]:

@@ -92,6 +92,10 @@ def rows(dataset: Any) -> str:
         lines.append(f"figures of the first {dataset.examined:,}; the others are checked when they are needed")
     lines.append(f"{len(dataset.kept):,} kept")
     for reason, numbers in dataset.dropped.items():
+        if reason == Dropped.BAD:
+            lines.append(f"{len(numbers):,} dropped, {reason.value}: {' '.join(dataset.problems)}")
+            lines[-1] += " ..." if len(numbers) > len(dataset.problems) else ""
+            continue
         places = ", ".join(dataset.conversations.where(number) for number in numbers[:SHOWN_PLACES])
         more = ", ..." if len(numbers) > SHOWN_PLACES else ""
         lines.append(f"{len(numbers):,} dropped, {reason.words(max_length)}: {places}{more}")
