@@ -29,8 +29,9 @@ from recipe import flag_rules
 from recipe.console import UserError, say
 from recipe.dataset import encoding, packing, report, tokenised
 from recipe.dataset.collator import Collator
-from recipe.dataset.conversations import Conversations, hold_out, named_paths
+from recipe.dataset.conversations import Conversations, hold_out, named_sources
 from recipe.dataset.encoding import ChatEncoder
+from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, rope
 from recipe.model.base_files import BaseFiles
@@ -73,13 +74,19 @@ class DataArguments:
     """The conversations: which files, what is learnt from them, and how they are laid out in rows."""
 
     data_path: list[str] | None = flag(
-        None, "Training files (JSON, JSON Lines, .gz of these, Parquet, CSV) or a dataset of the hub. Required."
+        None,
+        "Files, folders or patterns (JSON, JSON Lines, Parquet, Arrow, CSV, also compressed), or hub datasets; "
+        "docs/data.md has all forms. Required.",
     )
     eval_data_path: list[str] | None = flag(
         None, "Files to evaluate on once an epoch, each reported by itself; the best model is kept in `best`."
     )
     eval_ratio: float = flag(
         0.0, "Share of the training rows to evaluate on instead of a file, drawn with --seed.", at_least=0, below=1
+    )
+    columns: list[str] | None = flag(
+        None,
+        "Fields of your records, as prompt=question completion=reply, where none of the shapes of docs/data.md fits.",
     )
     lazy_preprocess: bool = flag(
         False, "Tokenise rows when they are needed, not before the first step; for more than 100,000 rows."
@@ -94,6 +101,9 @@ class DataArguments:
         "drop",
         "What to do with conversations longer than --model_max_length: drop, truncate (after the last assistant turn "
         "that fits) or error.",
+    )
+    on_bad_row: Literal["error", "skip"] = flag(
+        "error", "What to do with a record that cannot be read: error, or skip, which counts and lists them."
     )
     thinking: Literal[encoding.THINKING] = flag(
         "auto",
@@ -236,29 +246,27 @@ class SupervisedDataset(Dataset):
         encoder: how they become ids and labels.
         max_length: longest document, in tokens.
         overlong: "drop", "truncate" or "error", for conversations with a longer one.
+        on_bad_row: "error" or "skip", for records that cannot be read or rendered.
     Attributes:
-        kept, dropped, lengths, sizes, notes, unused, tokens, supervised: see `tokenised.Figures`.
+        kept, dropped, lengths, sizes, notes, unused, problems, tokens, supervised: see `tokenised.Figures`.
         examined: number of conversations that these figures count.
     Raises:
         UserError: a conversation cannot be read or rendered, or none is left.
     """
 
-    def __init__(self, conversations: Conversations, encoder: ChatEncoder, max_length: int, overlong: str = "drop"):
+    def __init__(
+        self, conversations: Conversations, encoder: ChatEncoder, max_length: int, overlong="drop", on_bad_row="error"
+    ):
         self.conversations, self.max_length = conversations, max_length
-        self.tokeniser = tokenised.Tokeniser(conversations, encoder, max_length, overlong)
+        self.tokeniser = tokenised.Tokeniser(conversations, encoder, max_length, overlong, on_bad_row)
         figures = self._prepare()
-        self.kept, self.dropped, self.lengths, self.sizes = (
-            figures.kept,
-            figures.dropped,
-            figures.lengths,
-            figures.sizes,
-        )
+        self.kept, self.lengths, self.sizes = figures.kept, figures.lengths, figures.sizes
+        self.dropped, self.problems = figures.dropped, figures.problems
         self.notes, self.unused = figures.notes, figures.unused
         self.tokens, self.supervised = figures.tokens, figures.supervised
         self.examined = len(self.lengths)
         if not len(self):
-            reasons = "; ".join(f"{len(rows)} {reason.words(max_length)}" for reason, rows in self.dropped.items())
-            raise UserError(f"no row is left to use: {reasons}. Raise --model_max_length or mend the data.")
+            raise UserError(f"no row is left to use: {figures.reasons(max_length)}")
 
     def _prepare(self) -> tokenised.Figures:
         self.rows = tokenised.cached_rows(self.tokeniser)
@@ -298,17 +306,18 @@ def make_datasets(
     data_args: DataArguments, training_args: TrainingArguments, encoder: ChatEncoder
 ) -> tuple[SupervisedDataset, dict[str, SupervisedDataset] | None]:
     """Return the training dataset, and those to evaluate on by the name of their file (None if there is none)."""
-    held_out = {}
+    sources, held_out = parse_sources(data_args.data_path, data_args.columns), {}
     if data_args.eval_ratio:
-        chosen, held_out["held_out"] = hold_out(data_args.data_path, data_args.eval_ratio, training_args.seed)
+        chosen, held_out["held_out"] = hold_out(sources, data_args.eval_ratio, training_args.seed)
     else:
-        chosen = Conversations(data_args.data_path)
-        held_out = {name: Conversations([path]) for name, path in named_paths(data_args.eval_data_path or []).items()}
-    limits = {"max_length": training_args.model_max_length, "overlong": data_args.overlong}
+        chosen, eval_sources = Conversations(sources), parse_sources(data_args.eval_data_path or [], data_args.columns)
+        held_out = {name: Conversations([source]) for name, source in named_sources(eval_sources).items()}
+    options = {"max_length": training_args.model_max_length, "overlong": data_args.overlong}
+    options |= {"encoder": encoder, "on_bad_row": data_args.on_bad_row}
     train_class = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
-    train_dataset = train_class(chosen, encoder, **limits)
+    train_dataset = train_class(chosen, **options)
     # Evaluation rows are always tokenised in advance: no row may replace another there.
-    return train_dataset, {name: SupervisedDataset(part, encoder, **limits) for name, part in held_out.items()} or None
+    return train_dataset, {name: SupervisedDataset(part, **options) for name, part in held_out.items()} or None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

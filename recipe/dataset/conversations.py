@@ -8,20 +8,23 @@ files are memory-mapped by `datasets`.
 """
 
 import bisect
+import contextlib
 import copy
-import itertools
+import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from recipe.console import UserError
-from recipe.dataset.files import Records, open_records, value_in_words
+from recipe.dataset.files import Records, value_in_words
 from recipe.dataset.messages import EMPTY, FIELDS, Message, field, json_list, to_message, to_tools, unused_fields
 from recipe.dataset.shapes import BARE_LIST, RECORD_FIELDS, Shape, shape_of
+from recipe.dataset.sources import Source, parse_sources
 
+LOOKED_AT = 100  # records at the beginning of a file, to name its shape
 MEDIA_MARKER = re.compile(r"<(image|img|video|audio)>")
 
 
@@ -32,12 +35,12 @@ class Conversation(TypedDict):
     tools: NotRequired[list[dict]]
 
 
-def to_conversation(record: Any, where: str, columns: dict[str, str] | None = None) -> Conversation:
+def to_conversation(record: Any, where: str, columns: Mapping[str, str] | None = None) -> Conversation:
     """Convert one record of any accepted shape; see `read_record`."""
     return read_record(record, where, columns)[0]
 
 
-def read_record(record: Any, where: str, columns: dict[str, str] | None = None) -> tuple[Conversation, list[str]]:
+def read_record(record: Any, where: str, columns: Mapping[str, str] | None = None) -> tuple[Conversation, list[str]]:
     """Convert one record of any accepted shape.
 
     Args:
@@ -49,12 +52,12 @@ def read_record(record: Any, where: str, columns: dict[str, str] | None = None) 
     Raises:
         UserError: one sentence with file, record, turn, what was found and what was expected.
     """
-    record = _renamed(record, columns)
+    record = renamed(record, columns)
     shape = shape_of(record, where, columns or ())
     turns = shape.turns(record, where)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: '{shape.name}' must be a non-empty list of turns, found {value_in_words(turns)}.")
-    turns = [_renamed(turn, columns) for turn in turns]
+    turns = [renamed(turn, columns) for turn in turns]
     messages = [to_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
     record = {} if shape is BARE_LIST else record
     unused = [*_flag_turns(record, messages, where), *_unused(record, shape, turns)]
@@ -74,7 +77,7 @@ def read_record(record: Any, where: str, columns: dict[str, str] | None = None) 
     return conversation, unused
 
 
-def _renamed(record: Any, columns: dict[str, str] | None) -> Any:
+def renamed(record: Any, columns: Mapping[str, str] | None) -> Any:
     """Give fields the names that are understood; a field whose name is taken by another is kept under "name (own)"."""
     if not columns or not isinstance(record, dict):
         return record
@@ -126,26 +129,39 @@ def _unused(record: dict, shape: Shape, turns: list[dict]) -> Iterator[str]:
 
 
 class Conversations(Sequence[Conversation]):
-    """The records of several files as one sequence of conversations.
+    """The records of several sources as one sequence of conversations.
 
     Args:
-        paths: files or hub datasets.
-        indices: int64 [rows], which records, in the order of the files (None: all).
+        sources: entries of --data_path, as text or parsed.
+        indices: int64 [rows], which records, in the order of the sources (None: all).
+    Attributes:
+        left_out: sentences about files of folders that are not read.
     """
 
-    def __init__(self, paths: Sequence[str], indices: Any = None):
-        self.sources: list[Records] = [open_records(path) for path in paths]
-        self._ends = list(itertools.accumulate(len(source) for source in self.sources))
+    def __init__(self, sources: Sequence[str | Source], indices: Any = None):
+        self.sources = [parse_sources([source])[0] if isinstance(source, str) else source for source in sources]
         self.indices = indices
+        self.left_out: list[str] = []
+        self._files: list[tuple[Records, Source]] = []
+        self._ends: list[int] = []  # number of records up to the end of each file
+        for source in self.sources:
+            files, left_out = source.open()
+            self.left_out += left_out
+            rest = sum(map(len, files)) if source.rows is None else source.rows
+            for file in files:
+                used, rest = min(len(file), rest), rest - min(len(file), rest)
+                self._files.append((file, source))
+                self._ends.append(used + (self._ends[-1] if self._ends else 0))
 
     def __len__(self) -> int:
         return self._ends[-1] if self.indices is None else len(self.indices)
 
-    def _locate(self, index: int) -> tuple[Records, int]:
+    def _locate(self, index: int) -> tuple[Records, int, Source]:
         index = range(len(self))[index]
         index = int(index if self.indices is None else self.indices[index])
-        file = bisect.bisect_right(self._ends, index)
-        return self.sources[file], index - (self._ends[file - 1] if file else 0)
+        number = bisect.bisect_right(self._ends, index)
+        file, source = self._files[number]
+        return file, index - (self._ends[number - 1] if number else 0), source
 
     def subset(self, indices: Any) -> "Conversations":
         """Return a view of some of the records, int64 [rows], of the same open files."""
@@ -155,42 +171,57 @@ class Conversations(Sequence[Conversation]):
 
     def where(self, index: int) -> str:
         """Name the file and the record of a conversation."""
-        source, record = self._locate(index)
-        return source.where(record)
+        file, record, _ = self._locate(index)
+        return file.where(record)
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]  # no slices
         return self.read(index)[0]
 
     def read(self, index: int) -> tuple[Conversation, list[str]]:
         """Read a conversation and the names of what its record has and is not used; see `read_record`."""
-        source, record = self._locate(index)
-        return read_record(source[record], source.where(record))
+        file, record, source = self._locate(index)
+        return read_record(file[record], file.where(record), source.columns)
 
     def fingerprint(self) -> str:
-        """Return a text that changes with the files, their order and the choice of records, for caches."""
+        """Return a text that changes with the sources, their files and order, and the choice of records."""
         chosen = "all" if self.indices is None else self.indices.tobytes().hex()
-        return "|".join([*(source.fingerprint() for source in self.sources), chosen])
+        settings = (repr(dataclasses.replace(source, path="")) for source in self.sources)
+        return "|".join([*settings, *(file.fingerprint() for file, _ in self._files), chosen])
+
+    def readable(self, indices: Iterable[int]) -> Iterator[Conversation]:
+        """Read those of the conversations that can be read."""
+        for index in indices:
+            with contextlib.suppress(UserError):
+                yield self[index]
 
     def shapes(self) -> dict[str, str]:
-        """Return the shape of each file's first record, by the file's name, for the log."""
-        return {source.name: shape_of(source[0], source.where(0)).name for source in self.sources}
+        """Return the shape of each file's first record that has one, by the file's name, for the log."""
+        return {file.name: _first_shape(file, source.columns) for file, source in self._files}
 
 
-def named_paths(paths: Sequence[str]) -> dict[str, str]:
-    """Return the paths by their names for the log: the file's own name, or the whole path if two have the same."""
+def _first_shape(file: Records, columns: Mapping[str, str]) -> str:
+    for number in range(min(len(file), LOOKED_AT)):
+        with contextlib.suppress(UserError):
+            return shape_of(renamed(file[number], columns), "", columns).name
+    return "no record can be read"
+
+
+def named_sources(sources: Sequence[Source]) -> dict[str, Source]:
+    """Return sources by their names for the log: the file's own name, or the whole path if two have the same."""
+    paths = [source.path.rstrip("/") for source in sources]
     names = [os.path.basename(path).split(".")[0] for path in paths]
     if len(set(names)) < len(names):
         names = [re.sub(r"\W+", "_", path).strip("_") for path in paths]
-    return dict(zip(names, paths, strict=True))
+    return dict(zip(names, sources, strict=True))
 
 
-def hold_out(paths: Sequence[str], ratio: float, seed: int) -> tuple[Conversations, Conversations]:
-    """Split the records of files in two at random: those to train on, and the share `ratio` that is held out.
+def hold_out(sources: Sequence[str | Source], ratio: float, seed: int) -> tuple[Conversations, Conversations]:
+    """Split the records of sources in two at random: those to train on, and the share `ratio` that is held out.
 
     Raises:
         UserError: one of the two would be empty.
     """
-    whole = Conversations(paths)
+    whole = Conversations(sources)
     total = len(whole)
     held_out = round(total * ratio)
     if not 0 < held_out < total:

@@ -1,32 +1,57 @@
-"""Read records from files: JSON, JSON Lines, .gz of these, Parquet, CSV, or a dataset of the hub.
+"""Read records from text files: JSON or JSON Lines, also compressed.
 
-    records = open_records("data/train.jsonl")
+    records = TextRecords("data/train.jsonl")
     records[0], records.where(0)
 
-No text is kept in memory: text files are indexed by byte offset and read record by record, Parquet and CSV files are
-memory-mapped by `datasets`.
+No text is kept in memory: files are indexed by byte offset and read record by record.
 """
 
 import bisect
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import os
 import reprlib
 import shutil
 import tempfile
 import zlib
 from array import array
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from recipe.console import UserError
 
 FIRST_OBJECT = 1 << 24  # bytes that are read to recognise an object over several lines; no record is as long
 
-TABLES = {  # what `datasets` reads: its name for the kind of file, and what such a file must be
-    ".parquet": ("parquet", "a whole Parquet file with at least one row"),
-    ".csv": ("csv", "UTF-8 text, a line of column names, and texts with commas in quotes"),
+
+class Compression(NamedTuple):
+    """How a compressed file begins, what it is called, and which module or pyarrow codec unpacks it."""
+
+    magic: bytes
+    name: str
+    reader: Any
+
+
+COMPRESSIONS = (
+    Compression(b"\x1f\x8b", "gzip", gzip),
+    Compression(b"BZh", "bzip2", bz2),
+    Compression(b"\xfd7zXZ\x00", "xz", lzma),
+    Compression(b"\x28\xb5\x2f\xfd", "Zstandard", "zstd"),
+    Compression(b"\x04\x22\x4d\x18", "LZ4", "lz4"),
+)
+OTHER_FILES = {  # how files begin that hold no text, and what they are
+    b"PK\x03\x04": "a zip archive or an Office document; unpack it, or save it as CSV",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it",
+    b"Rar!": "a RAR archive; unpack it",
+    b"SQLite format 3": "an SQLite database; export its table as CSV",
+    b"\x89HDF": "an HDF5 file; export its records as JSON Lines",
+    b"\x93NUMPY": "a NumPy array; export its records as JSON Lines",
+    b"%PDF": "a PDF document; expected JSON Lines with one conversation a record",
+    b"PAR1": "a Parquet file inside of a compressed one; unpack it",
+    **{bytes([0x80, protocol]): "a Python pickle; export its records as JSON Lines" for protocol in range(2, 6)},
 }
+TAR = 257, b"ustar"  # where a tar archive says what it is
 
 
 class Records(Protocol):
@@ -59,21 +84,15 @@ class TextRecords:
         try:
             self._file: BinaryIO = open(path, "rb")
             self._stat = os.fstat(self._file.fileno())
-            if (
-                self._file.read(2) == b"\x1f\x8b"
-            ):  # gzip: unpacked once, to a file without a name, which ends with this process
-                self._file = tempfile.TemporaryFile()
-                with gzip.open(path, "rb") as packed:
-                    shutil.copyfileobj(packed, self._file)
-                self._file.flush()
+            start = self._file.read(8)
+            for compression in COMPRESSIONS:
+                if start.startswith(compression.magic):
+                    self._file = _unpacked(path, compression)
             self._fd = self._file.fileno()
-            start = os.pread(self._fd, 4, 0)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path}: is a damaged gzip file ({error}); copy or compress it again.") from None
+            start = os.pread(self._fd, 512, 0)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path.") from None
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in start:
-            raise UserError(f"{path}: is not UTF-8 but looks like UTF-16; save it as UTF-8.")
+        _refuse_other_files(path, start)
         self._skip = 3 if start.startswith(b"\xef\xbb\xbf") else 0
         with self._read() as file:
             first, second = itertools.islice(
@@ -199,91 +218,39 @@ class TextRecords:
         return f"{os.path.abspath(self.name)} {self._stat.st_size} {self._stat.st_mtime_ns}"
 
 
-class TableRecords:
-    """Records of a Parquet or CSV file or of a dataset on the hub, memory-mapped by `datasets`.
+def _unpacked(path: str, compression: Compression) -> BinaryIO:
+    """Unpack a file into one without a name, which ends with this process."""
+    unpacked = tempfile.TemporaryFile()
+    try:
+        if isinstance(compression.reader, str):
+            import pyarrow
 
-    Raises:
-        UserError: it cannot be loaded or holds no record.
-    """
-
-    def __init__(self, name: str):
-        import datasets
-
-        self.name = name
-        ending = os.path.splitext(name)[1].lower()
-        builder, expected = TABLES.get(ending, (None, "a file or a hub dataset of this name"))
-        try:
-            if builder is None:
-                self._rows = datasets.load_dataset(name, split="train")
-            else:
-                options = _csv_options(name) if builder == "csv" else {}
-                self._rows = datasets.load_dataset(builder, data_files=name, split="train", **options)
-        except UserError:
+            packed = pyarrow.CompressedInputStream(pyarrow.OSFile(path), compression.reader)
+        else:
+            packed = compression.reader.open(path, "rb")
+        with packed:
+            shutil.copyfileobj(packed, unpacked)
+        unpacked.flush()
+    except (EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk
             raise
-        except Exception as error:  # every reader behind `datasets` has its own exceptions
-            detail = str(error.__cause__ or error).strip() or type(error).__name__
-            raise UserError(f"{name}: cannot be loaded ({detail.splitlines()[0]}); expected {expected}.") from None
-        if not len(self._rows):
-            raise UserError(f"{name}: holds no record; expected at least one conversation.")
+        raise UserError(f"{path}: is a damaged {compression.name} file ({error}); copy or compress it again.") from None
+    return unpacked  # type: ignore[return-value]
 
-    def __len__(self) -> int:
-        return len(self._rows)
 
-    def __getitem__(self, index: int) -> Any:
-        return _without_filled_in(self._rows[int(index)], self._rows.features)
-
-    def where(self, index: int) -> str:
-        """Name the file and the record, counted from 1."""
-        return f"{self.name}: record {index + 1}"
-
-    def fingerprint(self) -> str:
-        """Return what `datasets` computes from the file's content or the hub's commit."""
-        return self._rows._fingerprint
+def _refuse_other_files(path: str, start: bytes) -> None:
+    """Refuse a file that holds no UTF-8, by its first bytes."""
+    other = next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), None)
+    if start[TAR[0] :].startswith(TAR[1]):
+        other = "a tar archive; unpack it"
+    if other:
+        raise UserError(f"{path}: is {other}.")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in start[:4]:
+        raise UserError(f"{path}: is not UTF-8 but looks like UTF-16; save it as UTF-8.")
 
 
 def _is_turn(record: Any) -> bool:
     return isinstance(record, dict) and ("role" in record or "from" in record)
-
-
-def _csv_options(name: str) -> dict[str, Any]:
-    """Read all columns of a CSV file as text, so that an answer such as 42, 007 or NA stays what was written."""
-    import datasets
-    import pandas
-
-    head = pandas.read_csv(name, nrows=1)
-    if head.empty:
-        raise UserError(f"{name}: holds no record; expected a line of column names and a line for each conversation.")
-    if not isinstance(head.index, pandas.RangeIndex):  # pandas would take the first field for a row label
-        raise UserError(f"{name}: record 1: has more fields than the {len(head.columns)} columns; quote its commas.")
-    features = datasets.Features({column: datasets.Value("string") for column in head.columns})
-    return {"features": features, "keep_default_na": False, "na_values": [""]}
-
-
-def _without_filled_in(value: Any, feature: Any) -> Any:
-    """Remove the nulls with which Arrow fills the fields that an object lacks; those of JSON columns were written."""
-    if isinstance(feature, dict) and isinstance(value, dict):
-        kept = {name: item for name, item in value.items() if item is not None}
-        return {name: _without_filled_in(item, feature.get(name)) for name, item in kept.items()}
-    if isinstance(value, list):
-        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        return [_without_filled_in(item, inner) for item in value]
-    return value
-
-
-def open_records(path: str) -> Records:
-    """Open a data file, or a dataset of the hub by name.
-
-    Raises:
-        UserError: there is no such file, or it cannot be read.
-    """
-    if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder; name the files in it, --data_path takes several.")
-    if os.path.exists(path):
-        return TableRecords(path) if path.lower().endswith(tuple(TABLES)) else TextRecords(path)
-    looks_like_a_file = path.startswith((".", "/", "~")) or os.path.splitext(path)[1] or path.count("/") != 1
-    if looks_like_a_file:
-        raise UserError(f"{path}: no such file; check the path (relative paths start at {os.getcwd()}).")
-    return TableRecords(path)
 
 
 def json_problem(error: Exception) -> str:

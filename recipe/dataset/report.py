@@ -14,6 +14,7 @@ from recipe.dataset.tokenised import Dropped
 
 COLOUR, END = "\033[30;42m", "\033[0m"  # black on green, and back
 SHOWN_PLACES = 5  # of dropped rows, enough to find the first by hand
+SHOWN_FILES = 10  # of a folder or pattern
 SHOWN_NAMES = 20  # of fields that are not used
 MANY_DROPPED = 0.01  # share of rows too long from which the length that would keep 99 % is named
 
@@ -84,12 +85,17 @@ def dump(dataset: Any, path: str) -> None:
 def rows(dataset: Any) -> str:
     """Describe a dataset: how many conversations were read, kept, dropped and why, and what they hold."""
     total, max_length = len(dataset.conversations), dataset.max_length
-    shapes = ", ".join(f"{name} ({shape})" for name, shape in dataset.conversations.shapes().items())
-    lines = [f"{total:,} read from {shapes}"]
+    files = [f"{name} ({shape})" for name, shape in dataset.conversations.shapes().items()]
+    more = f" and {len(files) - SHOWN_FILES} more files" if len(files) > SHOWN_FILES else ""
+    lines = [f"{total:,} read from {', '.join(files[:SHOWN_FILES])}{more}", *dataset.conversations.left_out]
     if dataset.examined < total:
         lines.append(f"figures of the first {dataset.examined:,}; the others are checked when they are needed")
     lines.append(f"{len(dataset.kept):,} kept")
     for reason, numbers in dataset.dropped.items():
+        if reason == Dropped.BAD:
+            lines.append(f"{len(numbers):,} dropped, {reason.value}: {' '.join(dataset.problems)}")
+            lines[-1] += " ..." if len(numbers) > len(dataset.problems) else ""
+            continue
         places = ", ".join(dataset.conversations.where(number) for number in numbers[:SHOWN_PLACES])
         more = ", ..." if len(numbers) > SHOWN_PLACES else ""
         lines.append(f"{len(numbers):,} dropped, {reason.words(max_length)}: {places}{more}")

@@ -25,6 +25,7 @@ from recipe.dataset.conversations import Conversation, Conversations
 from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Document, Encoded, Note, supervised_runs
 
 BATCH = 1000  # conversations that one call of the tokenizer encodes on all cores; more only takes memory
+KEPT_PROBLEMS = 5  # sentences about bad rows that are kept to be printed
 SCAN = 10_000  # conversations that a lazy dataset tokenises at its start: figures within some percent, in seconds
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "pandas")  # that read, render and tokenise
 
@@ -34,6 +35,7 @@ class Dropped(StrEnum):
 
     TOO_LONG = "longer than {max_length} tokens"
     NOTHING_TO_LEARN = "without a turn to learn"
+    BAD = "with an error (--on_bad_row skip)"
 
     def words(self, max_length: int) -> str:
         """Return the reason with its numbers filled in."""
@@ -45,6 +47,7 @@ class Row(TypedDict):
 
     documents: those in use, each at most max_length tokens; none if the row is dropped.
     dropped: name of a member of Dropped, or "".
+    problem: the sentence that says why a row is bad, or "".
     notes: names of members of Note.
     unused: names of what the record has and is not used.
     length: tokens of the longest document before anything was cut.
@@ -53,6 +56,7 @@ class Row(TypedDict):
 
     documents: list[Document]
     dropped: str
+    problem: str
     notes: list[str]
     unused: list[str]
     length: int
@@ -72,12 +76,14 @@ class Tokeniser:
         encoder: how they become ids and labels.
         max_length: longest document, in tokens.
         overlong: what happens to a conversation with a longer one.
+        on_bad_row: whether a record that cannot be read or rendered is an error, or a row that is dropped.
     """
 
     conversations: Conversations
     encoder: ChatEncoder
     max_length: int
     overlong: Literal["drop", "truncate", "error"] = "drop"
+    on_bad_row: Literal["error", "skip"] = "error"
 
     def fingerprint(self) -> list[str]:
         """Return texts that change when some conversation could become another row."""
@@ -89,22 +95,51 @@ class Tokeniser:
         """Tokenise the conversations with these numbers.
 
         Raises:
-            UserError: one of them cannot be read or rendered, or is too long and `overlong` is "error".
+            UserError: one of them cannot be read or rendered (see on_bad_row), or is too long (see overlong).
         """
-        read = [self.conversations.read(number) for number in numbers]
-        encoded = self._encoded(numbers, [conversation for conversation, _ in read])
-        return [
-            self._fitted(number, row, unused) for number, row, (_, unused) in zip(numbers, encoded, read, strict=True)
-        ]
+        read = [self._read(number) for number in numbers]
+        good = [(number, row[0]) for number, row in zip(numbers, read, strict=True) if not isinstance(row, UserError)]
+        encoded = iter(self._encoded(good))
+        rows = []
+        for number, row in zip(numbers, read, strict=True):
+            result = row if isinstance(row, UserError) else next(encoded)
+            if isinstance(result, UserError):
+                rows.append(self._bad(result))
+            else:
+                rows.append(self._fitted(number, result, row[1]))  # type: ignore[index]
+        return rows
 
-    def _encoded(self, numbers: Sequence[int], batch: list[Conversation]) -> list[Encoded]:
+    def _read(self, number: int) -> tuple[Conversation, list[str]] | UserError:
         try:
-            return self.encoder.encode_batch(batch)
+            return self.conversations.read(number)
+        except UserError as error:
+            if self.on_bad_row == "error":
+                raise
+            return error
+
+    def _encoded(self, batch: list[tuple[int, Conversation]]) -> list[Encoded | UserError]:
+        """Encode conversations with their numbers."""
+        try:
+            return list(self.encoder.encode_batch([conversation for _, conversation in batch]))
         except (TemplateError, ValueError) as error:
-            if len(batch) == 1:
-                raise UserError(f"{self.conversations.where(numbers[0])}: {str(error).rstrip('.')}.") from None
-            pairs = zip(numbers, batch, strict=True)  # finds which one it was
-            return [self._encoded([number], [conversation])[0] for number, conversation in pairs]
+            if len(batch) > 1:  # finds which one it was
+                return [encoded for one in batch for encoded in self._encoded([one])]
+            problem = UserError(f"{self.conversations.where(batch[0][0])}: {str(error).rstrip('.')}.")
+            if self.on_bad_row == "error":
+                raise problem from None
+            return [problem]
+
+    def _bad(self, problem: UserError) -> Row:
+        return Row(
+            documents=[],
+            dropped=Dropped.BAD.name,
+            problem=str(problem),
+            notes=[],
+            unused=[],
+            length=0,
+            tokens=0,
+            supervised=0,
+        )
 
     def _fitted(self, number: int, encoded: Encoded, unused: list[str]) -> Row:
         documents, notes, dropped = encoded.documents, list(encoded.notes), ""
@@ -125,6 +160,7 @@ class Tokeniser:
         return {
             "documents": documents,
             "dropped": dropped,
+            "problem": "",
             "notes": [note.name for note in notes],
             "unused": unused,
             "length": length,
@@ -166,6 +202,7 @@ def cached_rows(tokeniser: Tokeniser) -> Any:
     features = Features(
         documents=List({"input_ids": ids, "labels": ids, "turns": ids}),
         dropped=Value("string"),
+        problem=Value("string"),
         notes=List(Value("string")),
         unused=List(Value("string")),
         length=Value("int32"),
@@ -234,6 +271,7 @@ class Figures:
         lengths: int32 array, tokens of the longest document of every conversation, before anything was cut.
         sizes: int64 array, tokens of all documents in use of every conversation.
         notes: how many conversations have each note; unused: the same for each name of what is not used.
+        problems: the first sentences about bad rows.
         tokens, supervised: sums over the conversations in use.
     """
 
@@ -242,13 +280,23 @@ class Figures:
         self.dropped: dict[Dropped, list[int]] = {}
         self.notes: collections.Counter[Note] = collections.Counter()
         self.unused: collections.Counter[str] = collections.Counter()
+        self.problems: list[str] = []
         self.tokens = self.supervised = 0
 
     def add(
-        self, dropped: str, notes: Sequence[str], unused: Sequence[str], length: int, tokens: int, supervised: int
+        self,
+        dropped: str,
+        problem: str,
+        notes: Sequence[str],
+        unused: Sequence[str],
+        length: int,
+        tokens: int,
+        supervised: int,
     ) -> None:
         """Count the next conversation; the arguments are FIGURES of its row."""
         number = len(self.lengths)
+        if problem and len(self.problems) < KEPT_PROBLEMS:
+            self.problems.append(problem)
         self.lengths.append(length)
         self.sizes.append(tokens)
         self.notes.update(Note[name] for name in notes)
@@ -259,6 +307,11 @@ class Figures:
             self.kept.append(number)
             self.tokens += tokens
             self.supervised += supervised
+
+    def reasons(self, max_length: int) -> str:
+        """Say why rows were dropped and what to do, for the case that none is left."""
+        counted = "; ".join(f"{len(rows)} {reason.words(max_length)}" for reason, rows in self.dropped.items())
+        return " ".join([f"{counted}. Raise --model_max_length or mend the data.", *self.problems[:1]])
 
 
 def figures_of_table(rows: Any) -> Figures:

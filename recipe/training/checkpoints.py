@@ -154,7 +154,7 @@ def _data(dataset: Any, sample: int = 64) -> str:
     """Return how many conversations and rows there are, and a hash of some of them, wherever their files lie."""
     conversations = dataset.conversations
     chosen = range(0, len(conversations), max(1, len(conversations) // sample))
-    text = json.dumps([conversations[number] for number in chosen], default=vars, sort_keys=True)
+    text = json.dumps(list(conversations.readable(chosen)), default=vars, sort_keys=True)
     return f"{len(conversations)} {len(dataset)} {_digest(text)}"
 
 

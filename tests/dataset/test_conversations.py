@@ -1,9 +1,12 @@
 """Conversation files: four shapes in JSON, JSON Lines, .gz, Parquet and CSV go in, one conversation comes out."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import pathlib
+import pickle
 import random
 import re
 import tracemalloc
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from helpers import ROOT
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations, hold_out, to_conversation
-from recipe.dataset.files import TextRecords, open_records
+from recipe.dataset.files import TextRecords
 
 EXAMPLES = ROOT / "data" / "examples"
 
@@ -302,10 +305,29 @@ def test_a_byte_order_mark_is_tolerated(write, layout):
     assert read(write("rows.json", b"\xef\xbb\xbf" + LAYOUTS[layout].encode())) == TWO
 
 
+def packed(codec, data):
+    import pyarrow
+
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(stream, codec) as file:
+        file.write(data)
+    return stream.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gzip_is_unpacked_whatever_its_name(write, layout, name):
     assert read(write(name, gzip.compress(LAYOUTS[layout].encode()))) == TWO
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.packed"])
+@pytest.mark.parametrize("codec", ["bz2", "xz", "zstd", "lz4"])
+def test_compressed_text_is_unpacked_whatever_its_name(write, codec, name):
+    pack = {"bz2": bz2.compress, "xz": lzma.compress}.get(codec) or (lambda data: packed(codec, data))
+    assert read(write(name, pack(IN_LINES.encode()))) == TWO
+    if codec != "lz4":
+        halves = [pack(line.encode() + b"\n") for line in IN_LINES.split("\n")[:2]]
+        assert read(write(name, b"".join(halves))) == TWO
 
 
 def test_files_with_byte_order_marks_may_be_joined(write):
@@ -542,7 +564,15 @@ BAD_FILES = {
         "rows.jsonl.gz", gzip.compress(GOOD.encode())[:10] + b"\xff" * 40, ": is a damaged gzip file (Error -3 while",
     ),
     "plain text": ("rows.txt", "Hi\nHello\n", ": record 1 (line 1): not valid JSON: Expecting value (column 1)."),
-    "table with tabs": ("rows.tsv", "prompt\tcompletion\na\tb\n", ": record 1 (line 1): not valid JSON: Expecting"),
+    "table with tabs": ("rows.txt", "prompt\tcompletion\na\tb\n", ": record 1 (line 1): not valid JSON: Expecting"),
+    "zip": ("rows.jsonl", b"PK\x03\x04 and so on", ": is a zip archive or an Office document; unpack it, or save it as"),
+    "pickle": ("rows.jsonl", pickle.dumps(row()), ": is a Python pickle; export its records as JSON Lines."),
+    "SQLite": ("rows.json", b"SQLite format 3\0...", ": is an SQLite database; export its table as CSV."),
+    "tar": ("rows.tar.gz", gzip.compress(b"a" * 257 + b"ustar"), ": is a tar archive; unpack it."),
+    "PDF": ("rows", b"%PDF-1.7", ": is a PDF document; expected JSON Lines"),
+    "xz that is cut off": ("rows.xz", lzma.compress(GOOD.encode())[:-8], ": is a damaged xz file ("),
+    "bzip2 that is cut off": ("rows.bz2", bz2.compress(GOOD.encode())[:-8], ": is a damaged bzip2 file ("),
+    "Zstandard that is cut off": ("rows.zst", packed("zstd", GOOD.encode())[:-8], ": is a damaged Zstandard file ("),
     "CSV without the columns": (
         "rows.csv", "ask,reply\nHi,Hello\n",
         ": record 1: found the fields 'ask', 'reply'; expected one of the shapes 'messages', 'conversations', ",
@@ -589,11 +619,6 @@ def test_a_malformed_file_is_explained_in_one_sentence(write, own_cache, case):
     message = complaint(path)
     assert_is_one_sentence_about(path, message)
     assert message.startswith(path + expected)
-
-
-def test_a_folder_asks_for_its_files(tmp_path):
-    expected = f"{tmp_path}: is a folder; name the files in it, --data_path takes several."
-    assert complaint(str(tmp_path)) == expected
 
 
 @pytest.mark.parametrize("name", ["nothing.jsonl", "nothing", "nothing.parquet", "~/nothing"])
@@ -941,9 +966,3 @@ def test_json_lines_are_read_at_random_without_the_file_in_memory(tmp_path):
         tracemalloc.stop()
     assert peak < 5e6
     assert len(records) == count and records.where(count - 1) == f"{path}: record {count} (line {count})"
-
-
-def test_open_records_reads_the_same_as_its_readers(write):
-    path = write("rows.jsonl", lines(*TWO))
-    records = open_records(path)
-    assert [records[i] for i in range(len(records))] == TWO

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import finetune
 from helpers import ROOT, ROWS, write
 from recipe.console import UserError
-from recipe.dataset import tokenised
+from recipe.dataset import report, tokenised
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import ChatEncoder, Note
 from recipe.dataset.tokenised import Dropped, Tokeniser
@@ -106,6 +106,44 @@ def test_reasons_for_dropping_are_told_apart(qwen, tmp_path):
     for dataset in datasets_of(qwen, write(tmp_path / "rows.jsonl", rows), max_length=100):
         assert dataset.dropped == {Dropped.TOO_LONG: [8], Dropped.NOTHING_TO_LEARN: [9]}
         assert Dropped.TOO_LONG.words(100) == "longer than 100 tokens"
+
+
+def test_bad_rows_are_errors_or_are_skipped_counted_and_listed(qwen, tmp_path):
+    bad = [
+        '{"messages": [',
+        '{"messages": [{"role": "user"}]}',
+        '{"prompt": "a", "completion": 5}',
+        '{"chosen": 1, "rejected": 2}',
+    ]
+    good = [json.dumps(row) for row in ROWS]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([bad[0], *good[:3], bad[1], bad[2], *good[3:], bad[3]]))
+    with pytest.raises(UserError, match=r"record 1 \(line 1\): not valid JSON"):
+        list(datasets_of(qwen, path))
+    for dataset in datasets_of(qwen, path, on_bad_row="skip"):
+        assert dataset.dropped == {Dropped.BAD: [0, 4, 5, 11]} and len(dataset) == 8
+        for number, problem in zip((1, 5, 6, 12), dataset.problems, strict=True):
+            assert f"record {number} (line {number})" in problem
+        told = report.rows(dataset)
+        assert f"12 read from {path} (messages)" in told and "4 dropped, with an error (--on_bad_row skip): " in told
+        assert all(problem in told for problem in dataset.problems)
+
+
+def test_a_conversation_that_the_template_refuses_is_a_bad_row(tokenizer_of, tmp_path):
+    rows = [*ROWS[:2], {"messages": [{"role": "user", "content": "a"}] * 2 + ROWS[0]["messages"][1:]}, *ROWS[2:]]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for dataset in datasets_of(tokenizer_of("gemma"), path, on_bad_row="skip"):
+        assert dataset.dropped == {Dropped.BAD: [2]}
+        assert "record 3 (line 3): Conversation roles must alternate" in dataset.problems[0]
+        assert [dataset[i] for i in range(8)] == [
+            row["documents"] for row in dataset.tokeniser.rows([0, 1, 3, 4, 5, 6, 7, 8])
+        ]
+
+
+def test_no_row_left_says_why_the_first_are_bad(qwen, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"messages": []}])
+    with pytest.raises(UserError, match="no row is left to use: 1 with an error .*'messages' must be a non-empty list"):
+        list(datasets_of(qwen, path, on_bad_row="skip"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
