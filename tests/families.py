@@ -59,34 +59,54 @@ MTP = (
 
 
 def family(
-    name: str, folder: pathlib.Path, tokenizer: pathlib.Path, dtype: torch.dtype = torch.float32
+    name: str,
+    folder: pathlib.Path,
+    tokenizer: pathlib.Path,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+    max_shard_size: str = "1GB",
+    **changes: object,
 ) -> pathlib.Path:
     """Write a random checkpoint of a family into `folder`, with the tokenizer of another folder.
 
     Args:
         name: a key of TEXT or VISION.
+        folder: folder to write to.
+        tokenizer: folder with a tokenizer.
+        dtype: of the weights.
+        tied: whether the output head is the embeddings.
+        max_shard_size: a larger model is written in several files.
+        changes: further fields of the text configuration.
     """
     torch.manual_seed(1)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    changes = {**changes, "tie_word_embeddings": tied}
     if name in TEXT:
-        config = transformers.CONFIG_MAPPING[name](**TEXT[name])
-        transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        config = transformers.CONFIG_MAPPING[name](**{**TEXT[name], **changes})
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         return folder
     text, vision = VISION[name]
     ids = dict(image_token_id=900, video_token_id=901, vision_start_token_id=902, vision_end_token_id=903)
     if name == "gemma3":
         ids = dict(image_token_index=900, boi_token_index=902, eoi_token_index=903, mm_tokens_per_image=4)
     config = transformers.CONFIG_MAPPING[name](
-        text_config=dict(text), vision_config=dict(vision), tie_word_embeddings=False, **ids
+        text_config={**text, **changes}, vision_config=dict(vision), tie_word_embeddings=tied, **ids
     )
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / "preprocessor_config.json").write_text(json.dumps({"patch_size": 4, "image_mean": [0.5, 0.5, 0.5]}))
     if name in MTP:
         from safetensors.torch import load_file, save_file
 
-        weights = load_file(folder / "model.safetensors")
-        weights["mtp.layers.0.mlp.up_proj.weight"] = torch.randn(128, 64).to(dtype)
-        weights["mtp.norm.weight"] = torch.randn(64).to(dtype)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        last = sorted(folder.glob("model*.safetensors"))[-1]
+        new = {
+            "mtp.layers.0.mlp.up_proj.weight": torch.randn(128, 64).to(dtype),
+            "mtp.norm.weight": torch.randn(64).to(dtype),
+        }
+        save_file({**load_file(last), **new}, last, metadata={"format": "pt"})
+        if (path := folder / "model.safetensors.index.json").exists():
+            index = json.loads(path.read_text())
+            index["weight_map"] |= dict.fromkeys(new, last.name)
+            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return folder

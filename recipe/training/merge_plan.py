@@ -104,12 +104,12 @@ def plan(source: Source, dtype: torch.dtype | None) -> Plan:
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     places, converted = _places(model, source.files)
     tied = _tied(model)
-    adapted = load_adapter(model, source.adapter, low_cpu_mem_usage=True, torch_device="cpu")
+    adapted = load_adapter(_skeleton(source), source.adapter, low_cpu_mem_usage=True, torch_device="cpu")
     settings = adapted.peft_config[ADAPTER]
     layers, changes = _changes(source, adapted)
     made = Plan(places, {}, _dtypes(source.files, dtype), {}, layers, settings, mapping, False)
     if tied:
-        made.untied = _head_differs(model, settings, changes, *tied)
+        made.untied = _head_differs(adapted, settings, changes, *tied)
         _settle_head(made, source.files, model, changes, *tied)
     for name, change in changes.items():
         _refuse_stored(source, name, places.get(name, []))
@@ -305,9 +305,9 @@ class _Parts:
 # An output head that is the embeddings
 
 
-def _head_differs(model, settings, changes, embedding, head):
+def _head_differs(adapted, settings, changes, embedding, head):
     """Whether the adapter changes the embeddings or the head of a model that ties them, and not both in the same way."""
-    tokens = getattr(model.get_output_embeddings(), "token_adapter", None)
+    tokens = getattr(adapted.get_output_embeddings(), "token_adapter", None)
     together = getattr(settings, "ensure_weight_tying", False) or getattr(tokens, "tied_adapter", None) is not None
     return not together and bool({embedding, head} & set(changes))
 
