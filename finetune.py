@@ -9,6 +9,7 @@ evaluation and what a save does are in trainer.py.
 
 import gc
 import itertools
+import pathlib
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -559,6 +560,9 @@ def run(model_args, data_args, training_args, lora_args):
     say(start_report.describe(trainer, compute_dtype, lora_args))
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
+    if training_args.should_save:
+        text = command_line.run_yaml((model_args, data_args, training_args, lora_args))
+        pathlib.Path(training_args.output_dir, "run.yaml").write_text(text, encoding="utf-8")
     trainer.save_state()
     if eval_dataset is not None:
         now = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]

@@ -21,6 +21,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import Any
 
 from recipe.console import UserError
@@ -216,6 +217,58 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if names.count(name) > 1:
             raise ValueError(f"{name} stands there twice")
     return dict(pairs)
+
+
+# What a run.yaml holds even where it is the default, as it decides what is learnt.
+RECORDED = """
+    model_name_or_path data_path model_max_length learning_rate lr_scheduler_type warmup_steps num_train_epochs
+    per_device_train_batch_size gradient_accumulation_steps weight_decay max_grad_norm optim seed bf16 fp16 use_lora
+    activation_checkpointing lora_r lora_alpha lora_dropout
+""".split()
+# What it never holds, or not with this value: secrets, what belongs to one process or one start, what is always so.
+NOT_RECORDED = ("hub_token", "local_rank", "resume_from_checkpoint")
+ALWAYS_SO = {
+    "label_names": ["labels"],
+    "prediction_loss_only": True,
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": False,
+    "do_eval": True,
+}
+
+
+def run_yaml(arguments: Sequence[Any]) -> str:
+    """Return a config file that repeats the run of these argument instances; the last one is written for adapters only.
+
+    It holds the flags that differ from their defaults and those that decide what is learnt, as the run resolved them.
+    """
+    import torch
+    import yaml
+
+    adapter = any(getattr(part, "use_lora", False) for part in arguments)
+    classes = [type(part) for part in arguments[: None if adapter else -1]]
+    known, entries = defaults(classes), {}
+    for name, default in known.items():
+        value = next(_recorded(getattr(part, name)) for part in arguments if hasattr(part, name))
+        skipped = name in NOT_RECORDED or RENAMED.get(name) in known or ALWAYS_SO.get(name, ...) == value
+        if name == "use_cpu" and not torch.cuda.is_available():
+            skipped = True  # there was no choice
+        if not skipped and value not in (None, [], {}) and (name in RECORDED or value != _recorded(default)):
+            entries[name] = value
+    return yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def _recorded(value: Any) -> Any:
+    """Return a value as a config file holds it: the value of an enum, of a dataclass what differs from its defaults."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list):
+        return [_recorded(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        known = defaults([type(value)])
+        return {name: item for name, item in vars(value).items() if name in known and item != known[name]}
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
