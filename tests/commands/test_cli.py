@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import resource
@@ -20,7 +21,7 @@ from transformers.debug_utils import DebugOption
 import finetune
 from commands.ancestors import COMMANDS, original
 from helpers import ROOT
-from recipe import command_line
+from recipe import command_line, flag_rules
 from recipe.console import UserError
 from recipe.model.precision import has_bf16
 
@@ -569,7 +570,7 @@ LEAVING = """
 import atexit, sys, threading, time
 from recipe import console
 class Torn:
-    def __del__(self): print("the interpreter was taken apart", flush=True)
+    def __del__(self): print("the interpreter was torn down", flush=True)
 sys.modules["torn"] = Torn()
 atexit.register(print, "exit function")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
@@ -577,16 +578,68 @@ print("end", end=" ")
 """
 
 
-def test_a_finished_run_ends_before_the_interpreter_is_taken_apart():
-    ran = [
-        subprocess.run(
-            [sys.executable, "-c", LEAVING + last],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+def test_a_finished_run_ends_before_the_interpreter_is_torn_down():
+    first, second = (
+        subprocess.run([sys.executable, "-c", LEAVING + last], cwd=ROOT, capture_output=True, text=True)
         for last in ("console.leave()", "")
-    ]
-    assert [done.returncode for done in ran] == [0, 0]
-    assert ran[0].stdout == "end thread\nexit function\n"
-    assert ran[1].stdout == "end thread\nexit function\nthe interpreter was taken apart\n"  # what leave() is for
+    )
+    assert (first.returncode, first.stdout) == (0, "end thread\nexit function\n")
+    assert (second.returncode, second.stdout) == (0, f"{first.stdout}the interpreter was torn down\n")
+
+
+THREADS = """
+import gc, glob, os, time, torch
+from accelerate import Accelerator
+def train():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(8, 8))
+    accelerator.backward(model(torch.ones(2, 8)).sum())
+    accelerator.end_training()  # destroys the process group
+train()
+gc.collect()
+time.sleep(0.5)
+print("gloo" in " ".join(open(path).read() for path in glob.glob("/proc/self/task/*/comm")))
+"""
+
+
+@pytest.mark.slow
+def test_threads_of_gloo_live_on_after_the_process_group_which_is_why_a_finished_run_leaves():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, sys.executable, "-c", THREADS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Use as a library
+
+
+def test_arguments_can_be_built_again_and_again(tmp_path):
+    """As in a notebook, in which a cell is run twice and an instance is copied with a change."""
+    flags = {"output_dir": str(tmp_path), "deepspeed": "ds_config_zero2.json", "learning_rate": 1e-4, "bf16": None}
+    before = dict(os.environ), torch.get_float32_matmul_precision(), torch.get_num_threads()
+    first = finetune.TrainingArguments(**flags)
+    second = finetune.TrainingArguments(**flags)
+    third = dataclasses.replace(second, learning_rate=2e-4)
+    assert (dict(os.environ), torch.get_float32_matmul_precision(), torch.get_num_threads()) == before
+    assert not torch.distributed.is_initialized()
+    assert second == first
+    assert third.learning_rate == 2e-4
+    assert dataclasses.replace(third, learning_rate=1e-4) == first
+
+
+def test_a_plain_parser_of_transformers_takes_the_classes_and_checks_the_bounds(capsys):
+    parser = transformers.HfArgumentParser(finetune.ARGUMENTS)
+    _, data_args, _, lora_args = parser.parse_args_into_dataclasses(["--lora_r", "8", "--eval_ratio", "0.5"])
+    assert (lora_args.lora_r, data_args.eval_ratio) == (8, 0.5)
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--lora_r", "0"])
+    assert "choose from 'at least 1'" in capsys.readouterr().err
+
+
+def test_bounds_hold_for_an_edited_default():
+    model_args, data_args, training_args, _ = finetune.parse(PATHS)
+    edited = finetune.LoraArguments(lora_dropout=1.5)
+    with pytest.raises(UserError, match="^--lora_dropout 1.5: expected a number of at least 0 and below 1.$"):
+        flag_rules.check_and_complete(model_args, data_args, training_args, edited, {})
