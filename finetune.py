@@ -11,6 +11,7 @@ import gc
 import itertools
 import pathlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from recipe import command_line, console
 if __name__ == "__main__":
     console.quiet()  # before the libraries are imported
     gc.disable()  # until main(): imports free hardly any memory, and looking for it takes a fifth of their time
+import numpy as np
 import torch
 import transformers
 from torch.utils.data import Dataset
@@ -251,9 +253,12 @@ class SupervisedDataset(Dataset):
     Attributes:
         kept, dropped, lengths, sizes, notes, unused, problems, tokens, supervised: see `tokenised.Figures`.
         examined: number of conversations that these figures count.
+        mixture: how the rows of an epoch are drawn from several sources (see `mixing.Mixture`); None: each row once.
     Raises:
         UserError: a conversation cannot be read or rendered, or none is left.
     """
+
+    mixture = None
 
     def __init__(
         self, conversations: Conversations, encoder: ChatEncoder, max_length: int, overlong="drop", on_bad_row="error"
@@ -273,6 +278,10 @@ class SupervisedDataset(Dataset):
         self.rows = tokenised.cached_rows(self.tokeniser)
         return tokenised.figures_of_table(self.rows)
 
+    def numbers(self) -> Sequence[int]:
+        """Return the number of the conversation of each row, as far as it is known beforehand."""
+        return self.kept
+
     def __len__(self) -> int:
         return len(self.kept)
 
@@ -290,6 +299,9 @@ class LazySupervisedDataset(SupervisedDataset):
     def _prepare(self) -> tokenised.Figures:
         self.scanned = min(tokenised.SCAN, len(self.conversations))
         return tokenised.figures_of(self.tokeniser, self.scanned)
+
+    def numbers(self) -> Sequence[int]:
+        return np.r_[self.kept, self.scanned : len(self.conversations)]
 
     def __len__(self) -> int:
         return len(self.kept) + len(self.conversations) - self.scanned
@@ -317,6 +329,7 @@ def make_datasets(
     options |= {"encoder": encoder, "on_bad_row": data_args.on_bad_row}
     train_class = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
     train_dataset = train_class(chosen, **options)
+    train_dataset.mixture = chosen.mixture(train_dataset.numbers())
     # Evaluation rows are always tokenised in advance: no row may replace another there.
     return train_dataset, {name: SupervisedDataset(part, **options) for name, part in held_out.items()} or None
 

@@ -11,6 +11,7 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 
 from recipe.command_line import Bounds
 from recipe.console import UserError, say
+from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines
 from recipe.training import checkpoints
 from recipe.training.answers import load_metric
@@ -130,6 +131,14 @@ def _sampling(data_args: Any, training_args: Any) -> None:
         raise UserError("--train_sampling_strategy batch_rebalance: expected random, sequential or group_by_length.")
     if training_args.train_sampling_strategy == "group_by_length" and data_args.lazy_preprocess:
         raise UserError("--train_sampling_strategy group_by_length needs all lengths; leave out --lazy_preprocess.")
+    weighted = any(source.weight for source in parse_sources(data_args.data_path, data_args.columns))
+    if weighted and training_args.train_sampling_strategy != "random":
+        raise UserError(
+            f"--train_sampling_strategy {training_args.train_sampling_strategy}: --data_path has weights, by which rows "
+            "are drawn at random; leave out one of them."
+        )
+    if any(source.weight for source in parse_sources(data_args.eval_data_path or [])):
+        raise UserError("--eval_data_path: has weights; every row is evaluated once, so leave them out.")
     if data_args.validate_only or data_args.dump_tokens:
         data_args.lazy_preprocess = False  # all rows are looked at
 

@@ -21,6 +21,7 @@ import numpy as np
 from recipe.console import UserError
 from recipe.dataset.files import Records, value_in_words
 from recipe.dataset.messages import EMPTY, FIELDS, Message, field, json_list, to_message, to_tools, unused_fields
+from recipe.dataset.mixing import Mixture
 from recipe.dataset.shapes import BARE_LIST, RECORD_FIELDS, Shape, shape_of
 from recipe.dataset.sources import Source, parse_sources
 
@@ -143,14 +144,16 @@ class Conversations(Sequence[Conversation]):
         self.indices = indices
         self.left_out: list[str] = []
         self._files: list[tuple[Records, Source]] = []
+        self._source_of_file: list[int] = []
         self._ends: list[int] = []  # number of records up to the end of each file
-        for source in self.sources:
+        for number, source in enumerate(self.sources):
             files, left_out = source.open()
             self.left_out += left_out
             rest = sum(map(len, files)) if source.rows is None else source.rows
             for file in files:
                 used, rest = min(len(file), rest), rest - min(len(file), rest)
                 self._files.append((file, source))
+                self._source_of_file.append(number)
                 self._ends.append(used + (self._ends[-1] if self._ends else 0))
 
     def __len__(self) -> int:
@@ -168,6 +171,19 @@ class Conversations(Sequence[Conversation]):
         view = copy.copy(self)
         view.indices = indices
         return view
+
+    def sources_of(self, indices: Any) -> np.ndarray:
+        """Return the number of the source of each conversation, int64 [rows]."""
+        indices = np.asarray(indices, dtype=np.int64)
+        records = indices if self.indices is None else np.asarray(self.indices)[indices]
+        return np.asarray(self._source_of_file)[np.searchsorted(self._ends, records, side="right")]
+
+    def mixture(self, indices: Any) -> Mixture | None:
+        """Return how the conversations with these indices are mixed; None if the sources have no weights."""
+        if self.sources[0].weight is None:
+            return None
+        weights = [source.weight or 0.0 for source in self.sources]
+        return Mixture(self.sources_of(indices), weights, [source.path for source in self.sources])
 
     def where(self, index: int) -> str:
         """Name the file and the record of a conversation."""

@@ -24,18 +24,24 @@ class PackedDataset(torch.utils.data.Dataset):
     Args:
         dataset: a `SupervisedDataset` none of whose documents is longer than `tokens`.
         tokens: length of a row.
-        seed: for the order; None keeps that of the dataset.
+        seed: for the order; None keeps that of the dataset. A dataset with a mixture is packed as its first epoch.
         pad_to_full: append a document without labels to each pack, so that all rows are equally long.
+    Attributes:
+        held: tokens of all packs.
     """
 
     def __init__(self, dataset: Any, tokens: int, seed: int | None = None, pad_to_full: bool = False):
         self.dataset, self.tokens, self.pad_to_full = dataset, tokens, pad_to_full
         order = list(range(len(dataset)))
-        if seed is not None:
+        if getattr(dataset, "mixture", None) is not None:
+            order = dataset.mixture.order(0, seed or 0).tolist()
+        elif seed is not None:
             random.Random(seed).shuffle(order)
+        self.held = 0
         self.packs: list[list[tuple[int, int | None]]] = []  # of (item, number of the document or None for all)
         opened: list[tuple[int, int]] = []  # sorted (room, number of the pack)
         for index, document, size in self._units(order):
+            self.held += size
             fits = bisect.bisect_left(opened, (size, 0))
             if fits < len(opened):
                 room, pack = opened.pop(fits)

@@ -104,6 +104,8 @@ def rows(dataset: Any) -> str:
         named = [f"{name} ({count:,})" for name, count in dataset.unused.most_common(SHOWN_NAMES)]
         others = len(dataset.unused) - len(named)
         lines.append(f"not used, with the number of rows: {', '.join(named)}{f' and {others} more' if others else ''}")
+    if len(dataset.conversations.sources) > 1:
+        lines += _sources(dataset)
     share = dataset.supervised / max(dataset.tokens, 1)
     lines.append(f"{dataset.tokens:,} tokens, {dataset.supervised:,} of them supervised ({share:.0%})")
     half, most, nearly, longest = (int(x) for x in np.percentile(dataset.lengths, [50, 90, 99, 100]))
@@ -114,3 +116,23 @@ def rows(dataset: Any) -> str:
     if len(dataset.dropped.get(Dropped.TOO_LONG, [])) > MANY_DROPPED * dataset.examined:
         lines.append(f"--model_max_length {nearly} would keep 99 %")
     return "\n  ".join(lines)
+
+
+def _sources(dataset: Any) -> Iterator[str]:
+    """Give rows and tokens of each source and, if they have weights, of what an epoch draws from each."""
+    sources, mixture = dataset.conversations.sources, dataset.mixture
+    of_row = dataset.conversations.sources_of(dataset.kept)
+    rows_of = np.bincount(of_row, minlength=len(sources))
+    tokens_of = np.bincount(of_row, np.asarray(dataset.sizes)[np.asarray(dataset.kept)], minlength=len(sources))
+    counts = mixture.counts if mixture else rows_of
+    means = tokens_of / np.maximum(rows_of, 1)
+    drawn = means * counts
+    for number, source in enumerate(sources):
+        text = f"{source.path}: {rows_of[number]:,} rows, {int(tokens_of[number]):,} tokens"
+        if mixture:
+            repeats = counts[number] / mixture.available[number]
+            text += (
+                f"; weight {source.weight:g}: {counts[number]:,} rows an epoch ({repeats:.2f} times each), about "
+                f"{drawn[number]:,.0f} tokens"
+            )
+        yield text + f" ({drawn[number] / max(drawn.sum(), 1):.0%})"

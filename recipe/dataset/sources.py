@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 import glob
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from recipe.console import UserError
 from recipe.dataset.files import Records, TextRecords, json_problem
@@ -15,6 +17,13 @@ from recipe.dataset.shapes import RECORD_FIELDS, SHAPES
 from recipe.dataset.tables import DEFAULT_SPLIT, TABLES, ending_of, open_hub, open_saved, open_table, table_kind
 
 TEXTS = (".json", ".jsonl", ".ndjson")
+EXPECTED: dict[str, tuple[Any, str]] = {  # of the fields of an entry
+    "path": (str, "a text"),
+    "name": (str, "a text"),
+    "split": (str, "a text"),
+    "rows": (int, "a number of rows"),
+    "weight": ((int, float), "a number"),
+}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -27,6 +36,7 @@ class Source:
         name: configuration of a dataset of the hub.
         split: of a dataset of the hub or of a folder; "train" if it has several.
         rows: how many of its rows are used, from the first on (None: all).
+        weight: share of the rows of an epoch that is drawn from it, relative to the weights of the other sources.
         columns: {field that is understood: field of these records}.
     """
 
@@ -34,6 +44,7 @@ class Source:
     name: str | None = None
     split: str | None = None
     rows: int | None = None
+    weight: float | None = None
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def open(self) -> tuple[list[Records], list[str]]:
@@ -135,7 +146,13 @@ def parse_sources(entries: Sequence[str], columns: Sequence[str] | None = None) 
         UserError: an entry or a column is malformed.
     """
     default = parse_columns(columns or [])
-    return [_parse_source(entry, default) for entry in entries]
+    sources = [_parse_source(entry, default) for entry in entries]
+    lacking = [source.path for source in sources if source.weight is None]
+    if 0 < len(lacking) < len(sources):
+        raise UserError(
+            f"--data_path {lacking[0]}: has no weight, while other entries have one; give each one or none."
+        )
+    return sources
 
 
 def _parse_source(entry: str, columns: dict[str, str]) -> Source:
@@ -149,18 +166,16 @@ def _parse_source(entry: str, columns: dict[str, str]) -> Source:
     for name in fields:
         if name not in known:
             raise UserError(f"--data_path {entry}: {_unknown(name, known)}")
-    for name, kind, expected in (
-        ("path", str, "a path"),
-        ("name", str, "a text"),
-        ("split", str, "a text"),
-        ("rows", int, "a number of rows"),
-    ):
-        if fields.get(name) is not None and not isinstance(fields[name], kind):
-            raise UserError(f"--data_path {entry}: {name} must be {expected}, found {fields[name]!r}.")
+    for name, value in fields.items():
+        kind, expected = EXPECTED.get(name, (object, ""))
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UserError(f"--data_path {entry}: {name} must be {expected}, found {value!r}.")
     if not fields.get("path"):
         raise UserError(f"--data_path {entry}: has no path.")
     if fields.get("rows") is not None and fields["rows"] < 1:
         raise UserError(f"--data_path {entry}: rows must be at least 1.")
+    if fields.get("weight") is not None and not 0 < fields["weight"] < math.inf:
+        raise UserError(f"--data_path {entry}: weight must be above 0; leave out an entry that is not wanted.")
     own = fields.pop("columns", None)
     return Source(**fields, columns=columns if own is None else parse_columns([json.dumps(own)]))
 

@@ -155,6 +155,8 @@ def _data(dataset: Any, sample: int = 64) -> str:
     conversations = dataset.conversations
     chosen = range(0, len(conversations), max(1, len(conversations) // sample))
     text = json.dumps(list(conversations.readable(chosen)), default=vars, sort_keys=True)
+    weights = [source.weight for source in conversations.sources]
+    text += str(weights) if any(weights) else ""
     return f"{len(conversations)} {len(dataset)} {_digest(text)}"
 
 

@@ -129,7 +129,7 @@ def _steps(trainer):
     total, epoch, warmup = steps(trainer)
     text, kind = "", "rows"
     if isinstance(dataset, packing.PackedDataset):
-        kind, share = "packed rows", dataset.dataset.tokens / (len(dataset) * dataset.tokens)
+        kind, share = "packed rows", dataset.held / (len(dataset) * dataset.tokens)
         text = f"rows of up to {dataset.tokens:,} tokens, {share:.1%} full; about {len(dataset.dataset) / epoch:.1f} "
         text += "conversations an optimizer step; "
     text += (

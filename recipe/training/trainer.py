@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from recipe.console import UserError
-from recipe.dataset import packing
+from recipe.dataset import mixing, packing
 from recipe.distributed import engines
 from recipe.model import experts, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
@@ -112,9 +112,10 @@ class RecipeTrainer(transformers.Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
 
         def order():  # the same on every rank, and after a resume
-            generator = torch.Generator().manual_seed(seed + int(self.state.epoch or 0))
+            epoch = int(self.state.epoch or 0)
             if strategy == "random":
-                return torch.randperm(len(dataset), generator=generator)
+                return mixing.epoch_order(dataset, epoch, seed)
+            generator = torch.Generator().manual_seed(seed + epoch)
             lengths = [dataset.lengths[number] for number in dataset.kept]
             rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
             return torch.tensor(list(LengthGroupedSampler(rows, lengths=lengths, generator=generator)))

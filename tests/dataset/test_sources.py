@@ -4,11 +4,16 @@ import json
 import os
 
 import datasets
+import numpy as np
 import pytest
+import torch
+import transformers
 
-from helpers import write
+from helpers import history, write
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations, hold_out
+from recipe.dataset.encoding import ChatEncoder
+from recipe.dataset.mixing import Mixture
 from recipe.dataset.sources import Source, parse_columns, parse_sources
 
 
@@ -237,3 +242,116 @@ def test_run_yaml_holds_entries_and_columns(tmp_path):
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: none\ndata_path: {{path: {tmp_path}/a.jsonl, rows: 1}}\n")
     _, data_args, _, _ = finetune.parse([str(tmp_path / "run.yaml")])
     assert read(*parse_sources(data_args.data_path, data_args.columns)) == ["a"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize(
+    "sizes, weights", [((10, 100), (0.7, 0.3)), ((5, 5, 7), (1, 2, 4)), ((3, 1000), (1, 1)), ((4,), (2,))]
+)
+def test_an_epoch_takes_rows_by_weight_and_none_again_before_its_source_is_used_up(sizes, weights):
+    source_of_row = np.concatenate([np.full(size, number) for number, size in enumerate(sizes)])
+    mixture, total = Mixture(source_of_row, weights, "abc"[: len(sizes)]), sum(sizes)
+    seen = [[] for _ in sizes]
+    for epoch in range(6):
+        order = mixture.order(epoch, seed=1)
+        assert order.dtype == torch.int64 and len(order) == total and order.tolist() == mixture.order(epoch, 1).tolist()
+        for row in order.tolist():
+            seen[source_of_row[row]].append(row)
+    for number, weight in enumerate(weights):
+        assert abs(len(seen[number]) / (6 * total) - weight / sum(weights)) < 1 / total
+        times = np.bincount(seen[number], minlength=total)[source_of_row == number]
+        assert times.max() - times.min() <= 1
+    assert mixture.order(0, 1).tolist() != mixture.order(1, 1).tolist() != mixture.order(1, 2).tolist()
+
+
+def weighted(tmp_path, *, weights=(3, 1), counts=(8, 24)):
+    entries = []
+    for name, weight, count in zip("ab", weights, counts, strict=True):
+        path = write(
+            tmp_path / f"{name}.jsonl",
+            [{"prompt": f"{name}{n}", "completion": f"{n} " * (n % 5 + 1)} for n in range(count)],
+        )
+        entries.append(json.dumps({"path": str(path), "weight": weight}))
+    return entries
+
+
+def train(tiny_model, out, *more):
+    import finetune
+
+    words = ["--model_name_or_path", tiny_model, "--output_dir", out, "--per_device_train_batch_size", 4, "--max_steps", 12,
+             "--logging_steps", 1, "--bf16", False, "--use_lora", "--lora_dropout", 0, "--disable_tqdm", True]  # fmt: skip
+    finetune.train([str(word) for word in [*words, *more]])
+    return history(out, "loss")
+
+
+@pytest.mark.slow
+def test_a_weighted_run_goes_on_after_a_resume_as_an_unbroken_one(tiny_model, tmp_path, capsys):
+    data = ["--data_path", *weighted(tmp_path)]
+    whole = train(tiny_model, tmp_path / "whole", *data, "--save_strategy", "no")
+    told = capsys.readouterr().out
+    assert f"{tmp_path}/a.jsonl: 8 rows, " in told and "weight 3: 24 rows an epoch (3.00 times each)" in told
+    assert "weight 1: 8 rows an epoch (0.33 times each)" in told
+    part = [*data, "--save_steps", 6, "--save_strategy", "steps"]  # an epoch has 8
+    train(tiny_model, tmp_path / "part", *part)
+    resume = ["--resume_from_checkpoint", tmp_path / "part" / "checkpoint-6"]
+    assert train(tiny_model, tmp_path / "part", *part, *resume) == pytest.approx(whole, rel=1e-6)
+    with pytest.raises(UserError, match="the data changed"):
+        train(tiny_model, tmp_path / "part", *part[3:], "--data_path", *weighted(tmp_path, weights=(1, 1)), *resume)
+
+
+@pytest.mark.parametrize("lazy", [[], ["--lazy_preprocess"]])
+def test_eager_lazy_and_packed_rows_are_drawn_by_weight(tiny_model, tmp_path, monkeypatch, lazy):
+    import finetune
+    from recipe.dataset import mixing, packing, tokenised
+
+    monkeypatch.setattr(tokenised, "SCAN", 5)
+    words = [
+        "--model_name_or_path",
+        str(tiny_model),
+        "--data_path",
+        *weighted(tmp_path),
+        "--model_max_length",
+        "64",
+        *lazy,
+    ]
+    _, data_args, training_args, _ = finetune.parse(words)
+    encoder = ChatEncoder(transformers.AutoTokenizer.from_pretrained(tiny_model))
+    dataset, _ = finetune.make_datasets(data_args, training_args, encoder)
+    for epoch in (0, 1):
+        rows = [dataset.conversations[dataset.numbers()[row]] for row in mixing.epoch_order(dataset, epoch, 7).tolist()]
+        assert [row["messages"][0]["content"][0] for row in rows].count("a") == 24 and len(rows) == 32
+    if not lazy:
+        packed = packing.PackedDataset(dataset, 256, seed=7)
+        items = sorted(item for pack in packed.packs for item, _ in pack)
+        assert items == sorted(dataset.mixture.order(0, 7).tolist())
+        assert packed.held == sum(len(document["input_ids"]) for pack in packed for document in pack)
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (["--train_sampling_strategy", "sequential"], "has weights, by which rows are drawn at random"),
+        (["--eval_data_path", '{"path": "x", "weight": 1}'], "--eval_data_path: has weights"),
+        (
+            ["--data_path", '{"path": "x", "weight": 1}', "y"],
+            "--data_path y: has no weight, while other entries have one",
+        ),
+        (["--data_path", '{"path": "x", "weight": 0}'], "weight must be above 0"),
+        (["--data_path", '{"path": "x", "weight": "much"}'], "weight must be a number, found 'much'"),
+    ],
+)
+def test_weights_that_have_no_meaning_are_told_before_anything_is_read(more, told):
+    import finetune
+
+    words = ["--model_name_or_path", "none", "--data_path", '{"path": "x", "weight": 1}', '{"path": "y", "weight": 1}']
+    with pytest.raises(UserError) as error:
+        finetune.parse([*words, *more])
+    assert told in str(error.value)
+
+
+def test_a_source_of_which_no_row_is_left_is_told(tmp_path):
+    with pytest.raises(UserError, match="b.jsonl: has a weight and no row that can be used"):
+        Conversations(parse_sources(weighted(tmp_path))).mixture(range(8))
