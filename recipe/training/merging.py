@@ -24,7 +24,7 @@ from recipe.training import merge_plan, merge_proof
 from recipe.training.merge_plan import Source
 
 RECORD = "merge.json"  # in the merged folder: what it was made from, and the names of its files
-UNFINISHED = "incomplete"  # folder within the output folder, until all is written and proved
+UNFINISHED = "merge.incomplete"  # folder within the output folder, until all is written and proved
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of an adapter that peft takes off the base
 QUANTISED_NAME = re.compile(
     r"([-_.](unsloth|bnb|mlx|gptq|awq|fp8|mxfp[48]|nvfp4|quantized|dynamic|int[248]|[248]-?bits?|w\d+a\d+))+$", re.I
@@ -206,7 +206,7 @@ def _refuse_output(output, source):
         raise UserError(f"--output {output}: is a file; name a folder.")
     there = set(os.listdir(output)) - {UNFINISHED} if os.path.exists(output) else set()
     if RECORD in there:
-        there -= {RECORD, *read_json(os.path.join(output, RECORD))["files"]}
+        there -= {RECORD, *read_json(os.path.join(output, RECORD)).get("files", [])}
     if there:
         raise UserError(
             f"--output {output}: holds {min(there)}, which no earlier merge wrote there; name a new folder, or empty it."

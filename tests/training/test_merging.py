@@ -1,5 +1,6 @@
 """Merging tensor by tensor: every kind of adapter that training can make, on every family, by the base's own files."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -12,12 +13,13 @@ import peft
 import pytest
 import torch
 import transformers
-from families import SIZE, VISION, family
+from families import SIZE, TEXT, VISION, family
 from safetensors.torch import load_file, save_file
 
 import finetune
 from helpers import ROOT
 from recipe.console import UserError
+from recipe.model.adapter import default_targets
 from recipe.model.rope import extend_window
 from recipe.training import merge_proof, merging
 from recipe.training.merging import merge
@@ -50,12 +52,6 @@ def load(folder, **options):
     return kind.from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
 
 
-def linear_layers(model):
-    decoder = model.get_decoder()
-    (prefix,) = (name for name, module in model.named_modules() if module is decoder)
-    return [f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
 def strong(model):
     """Change every trained weight by so much that the adapter's logits are far from the base's."""
     torch.manual_seed(1)
@@ -71,7 +67,7 @@ def train(base, folder, model=None, convert=False, **options):
     model = model or load(base)
     start = {"r": 4, "lora_alpha": 8, "target_modules": None, "task_type": "CAUSAL_LM", **options}
     if start["target_modules"] is None and not start.get("target_parameters"):
-        start["target_modules"] = linear_layers(model)
+        start["target_modules"] = default_targets(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(**start))
     if convert:
         initial = folder.parent / "initial"
@@ -175,8 +171,10 @@ def test_every_kind_of_adapter_acts_as_it_did(base_of, tmp_path, kind, tied):
         assert all(torch.allclose(found[name], expected[name], rtol=1e-6, atol=1e-6) for name in found)
 
 
-@pytest.mark.parametrize("kind", ["lora", "tokens", "head"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "lora") for name in {**TEXT, **VISION}), *itertools.product(FAMILIES, ["tokens", "head"])],
+)
 def test_every_family_keeps_what_was_not_trained_to_the_byte(base_of, tmp_path, name, kind):
     base = base_of(name)
     adapter = train(base, tmp_path / "adapter", **ADAPTERS[kind])
@@ -211,6 +209,18 @@ def test_a_head_that_is_no_longer_the_embeddings_gets_its_own_tensor(base_of, tm
         (name,) = new
         index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
         assert name.endswith("lm_head.weight") and name in index["weight_map"] and not any(tied)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "head"])
+def test_a_tied_head_that_is_in_the_files_all_the_same_follows_the_embeddings(base_of, tmp_path, kind):
+    base = pathlib.Path(shutil.copytree(base_of("qwen2", tied=True, shard="1GB"), tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    check(base, train(base, tmp_path / "adapter", **ADAPTERS[kind]), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"]) == (kind == "tokens")
+    assert not torch.equal(merged["lm_head.weight"], weights["lm_head.weight"])
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss"])
@@ -574,10 +584,10 @@ def test_a_merge_that_is_killed_leaves_nothing_that_looks_complete(base_of, tmp_
     adapter = train(base_of("qwen2"), tmp_path / "adapter")
     done = subprocess.run([sys.executable, "-c", STOPPED, str(adapter), str(tmp_path / "merged")], cwd=ROOT)
     assert done.returncode == -9
-    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["incomplete"]
-    assert not (tmp_path / "merged" / "incomplete" / "config.json").exists()
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["merge.incomplete"]
+    assert not (tmp_path / "merged" / "merge.incomplete" / "config.json").exists()
     merge(str(adapter), str(tmp_path / "merged"))
-    assert not (tmp_path / "merged" / "incomplete").exists()
+    assert not (tmp_path / "merged" / "merge.incomplete").exists()
     load(tmp_path / "merged")
 
 
