@@ -9,11 +9,10 @@ evaluation and what a save does are in trainer.py.
 
 import gc
 import itertools
-import pathlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from recipe import command_line, console
 
@@ -24,11 +23,11 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from recipe import flag_rules
+from recipe.command_line import flag
 from recipe.console import UserError, say
 from recipe.dataset import encoding, packing, report, tokenised
 from recipe.dataset.collator import Collator
@@ -38,7 +37,6 @@ from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, rope
 from recipe.model.base_files import BaseFiles
-from recipe.model.precision import best_dtype, dtype_name, has_bf16
 from recipe.training import answers, checkpoints, curves, start_report
 from recipe.training.trainer import RecipeTrainer
 
@@ -46,29 +44,19 @@ from recipe.training.trainer import RecipeTrainer
 # Arguments
 
 
-def flag(default: Any, help: str, *, at_least: float | None = None, below: float | None = None, **more: Any) -> Any:
-    """Make a field of an argument class: its default, the text that --help shows, and the bounds of a number."""
-    if at_least is not None:
-        more["choices"] = command_line.Bounds(at_least, below)
-    return field(default=default, metadata={"help": help, **more})
-
-
+# fmt: off
 @dataclass
 class ModelArguments:
     """The model to start from."""
 
     model_name_or_path: str | None = flag(None, "Folder or hub name of the model to start from. Required.")
-    attn_implementation: str = flag(
-        "auto",
+    attn_implementation: str = flag("auto",
         "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... auto takes packed, which computes each "
-        "conversation by itself, or what suits the model's layers.",
-    )
-    chat_template: str | None = flag(
-        None, "Jinja file of a chat template to use, and to save, in place of the model's."
-    )
-    rope_scaling: str | None = flag(
-        None, "yarn, linear or dynamic: extend the model's window to --model_max_length, which is refused otherwise."
-    )
+        "conversation by itself, or what suits the model's layers.")
+    chat_template: str | None = flag(None,
+        "Jinja file of a chat template to use, and to save, in place of the model's.")
+    rope_scaling: str | None = flag(None,
+        "yarn, linear or dynamic: extend the model's window to --model_max_length, which is refused otherwise.")
     trust_remote_code: bool = flag(False, "Run Python code that comes with the model; Qwen1.5 and later need none.")
 
 
@@ -76,59 +64,39 @@ class ModelArguments:
 class DataArguments:
     """The conversations: which files, what is learnt from them, and how they are laid out in rows."""
 
-    data_path: list[str] | None = flag(
-        None,
+    data_path: list[str] | None = flag(None,
         "Files, folders or patterns (JSON, JSON Lines, Parquet, Arrow, CSV, also compressed), or hub datasets; "
-        "docs/data.md has all forms. Required.",
-    )
-    eval_data_path: list[str] | None = flag(
-        None, "Files to evaluate on once an epoch, each reported by itself; the best model is kept in `best`."
-    )
-    eval_ratio: float = flag(
-        0.0, "Share of the training rows to evaluate on instead of a file, drawn with --seed.", at_least=0, below=1
-    )
-    columns: list[str] | None = flag(
-        None,
-        "Fields of your records, as prompt=question completion=reply, where none of the shapes of docs/data.md fits.",
-    )
-    lazy_preprocess: bool = flag(
-        False, "Tokenise rows when they are needed, not before the first step; for more than 100,000 rows."
-    )
-    pack_tokens: int | None = flag(
-        None,
-        "Fill each row with whole conversations up to this number of tokens; 8192 to 32768 keep a large GPU busy. If "
-        "not set, a row holds --per_device_train_batch_size conversations.",
-        at_least=1,
-    )
-    overlong: Literal["drop", "truncate", "error"] = flag(
-        "drop",
-        "What to do with conversations longer than --model_max_length: drop, truncate (after the last assistant turn "
-        "that fits) or error.",
-    )
-    on_bad_row: Literal["error", "skip"] = flag(
-        "error", "What to do with a record that cannot be read: error, or skip, which counts and lists them."
-    )
-    thinking: Literal[encoding.THINKING] = flag(
-        "auto",
-        "Thoughts (reasoning_content, <think>): auto and keep train them, strip and empty remove them. A turn without "
-        "one follows the prompt of enable_thinking=False (auto, empty) or the default prompt (keep, strip).",
-    )
+        "docs/data.md has all forms. Required.")
+    eval_data_path: list[str] | None = flag(None,
+        "Files to evaluate on once an epoch, each reported by itself; the best model is kept in `best`.")
+    eval_ratio: float = flag(0.0,
+        "Share of the training rows to evaluate on instead of a file, drawn with --seed.", at_least=0, below=1)
+    columns: list[str] | None = flag(None,
+        "Fields of your records, as prompt=question completion=reply, where no shape of docs/data.md fits.")
+    lazy_preprocess: bool = flag(False,
+        "Tokenise rows when they are needed, not before the first step; for more than 100,000 rows.")
+    pack_tokens: int | None = flag(None,
+        "Fill each row with whole conversations up to this number of tokens; 8192 to 32768 keep a large GPU busy. "
+        "If not set, a row holds --per_device_train_batch_size conversations.", at_least=1)
+    overlong: Literal["drop", "truncate", "error"] = flag("drop",
+        "What to do with conversations longer than --model_max_length: drop, truncate (after the last assistant "
+        "turn that fits) or error.")
+    on_bad_row: Literal["error", "skip"] = flag("error",
+        "What to do with a record that cannot be read: error, or skip, which counts and lists them.")
+    thinking: Literal[encoding.THINKING] = flag("auto",
+        "Thoughts (reasoning_content, <think>): auto and keep train them, strip and empty remove them. A turn "
+        "without one follows the prompt of enable_thinking=False (auto, empty) or the default one (keep, strip).")
     preview: int = flag(0, "Print this number of conversations, supervised tokens marked, and stop.", at_least=0)
     validate_only: bool = flag(False, "Check all flags, files and conversations without loading the weights, and stop.")
     dump_tokens: str | None = flag(None, "File to write ids and labels to, as JSON Lines, and stop.")
-    eval_generate: int = flag(
-        0, "Held-out prompts to answer at each evaluation; logs exact_match and valid_json.", at_least=0
-    )
-    metric: str | None = flag(
-        None, "file.py:function, a metric for --eval_generate: function(answer, reference, messages) -> number."
-    )
-    train_on: Literal["all_turns", "last_turn"] = flag(
-        "all_turns",
-        'Assistant turns to learn: all_turns or last_turn. A message with "train": false is never learnt.',
-    )
-    train_empty_answers: bool = flag(
-        True, "Learn answers without any text, which teaches the model to stop at once; False uses them as context."
-    )
+    eval_generate: int = flag(0,
+        "Held-out prompts to answer at each evaluation; logs exact_match and valid_json.", at_least=0)
+    metric: str | None = flag(None,
+        "file.py:function, a metric for --eval_generate: function(answer, reference, messages) -> number.")
+    train_on: Literal["all_turns", "last_turn"] = flag("all_turns",
+        'Assistant turns to learn: all_turns or last_turn. A message with "train": false is never learnt.')
+    train_empty_answers: bool = flag(True,
+        "Learn answers without any text, which teaches the model to stop at once; False uses them as context.")
 
 
 @dataclass
@@ -137,29 +105,20 @@ class TrainingArguments(transformers.TrainingArguments):
 
     output_dir: str = flag("output", "Folder for the trained model, `best` and checkpoints.")
     cache_dir: str | None = flag(None, "Folder for downloaded models, in place of the hub's own.")
-    model_max_length: int | None = flag(
-        None,
-        "Longest conversation in tokens; see --overlong. If not set, 8192 or --pack_tokens, at most the model's window.",
-        at_least=1,
-    )
+    model_max_length: int | None = flag(None,
+        "Longest conversation in tokens; see --overlong. If not set, 8192 or --pack_tokens, at most the model's "
+        "window.", at_least=1)
     use_lora: bool = flag(False, "Train a LoRA adapter instead of all weights; it needs far less memory.")
-    padding_free: bool = flag(
-        True, "Put the conversations of a micro-batch side by side in one row; False pads them to one length."
-    )
-    bf16: bool | None = flag(
-        None, "Compute in bfloat16. If not set, where the hardware is fast in it.", nargs="?", const=True
-    )
+    padding_free: bool = flag(True,
+        "Put the conversations of a micro-batch side by side in one row; False pads them to one length.")
+    bf16: bool | None = flag(None,
+        "Compute in bfloat16. If not set, where the hardware is fast in it.", nargs="?", const=True)
     fp16: bool | None = flag(None, "Compute in float16. If not set, on GPUs without bfloat16.", nargs="?", const=True)
-    optim: OptimizerNames = flag(
-        "adamw_torch",
-        "Optimizer, by its transformers name; adamw_8bit and adafactor save memory in full training.",
-        metavar="NAME",
-    )
-    lr_scheduler_type: SchedulerType = flag(
-        "cosine",
+    optim: OptimizerNames = flag("adamw_torch",
+        "Optimizer, by its transformers name; adamw_8bit and adafactor save memory in full training.", metavar="NAME")
+    lr_scheduler_type: SchedulerType = flag("cosine",
         "Learning-rate schedule, by its transformers name; constant_with_warmup for a run of unknown length.",
-        metavar="NAME",
-    )
+        metavar="NAME")
     save_total_limit: int | None = flag(2, "Newest checkpoints to keep; 0 keeps all.", at_least=0)
     logging_steps: float = flag(10, "Optimizer steps between two lines of the log; below 1, a share of all steps.")
     logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses in the log instead of stopping at them.")
@@ -170,23 +129,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False  # batches hold what the loss needs
         self.prediction_loss_only = True  # evaluation keeps no logits in memory
         self.label_names = ["labels"]
-        if self.use_cpu or not torch.cuda.is_available():
-            self.use_cpu = True
-            if self.tf32:
-                say("--tf32 is for GPUs and is left out on this CPU.")
-                self.tf32 = None
-        if self.bf16 is None and self.fp16 is None:
-            resumed = checkpoints.recorded_precision(self.resume_from_checkpoint, self.output_dir)
-            if resumed:  # what is fast here may be another precision today
-                self.bf16, self.fp16 = resumed == "bfloat16", resumed == "float16"
-        best = best_dtype(self.use_cpu)
-        if self.bf16 is None and self.fp16 is None:
-            self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
-        elif self.fp16 and self.use_cpu or self.bf16 and not has_bf16(self.use_cpu):
-            asked = "fp16" if self.fp16 else "bf16"
-            say(f"--{asked}: this hardware does not compute in it; {dtype_name(best)} is used instead.")
-            self.bf16, self.fp16 = best == torch.bfloat16, best == torch.float16
-        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        precision.choose_precision(self, checkpoints.recorded_precision(self.resume_from_checkpoint, self.output_dir))
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained weight has its part in every loss
         engines.set_up(self)
@@ -203,34 +147,27 @@ class LoraArguments:
     lora_r: int = flag(64, "Rank of the adapter; 8 to 16 is often enough.", at_least=1)
     lora_alpha: int = flag(16, "Scale of the adapter: its output counts alpha / r times.", at_least=1)
     lora_dropout: float = flag(0.05, "Dropout before the adapter; more for few data, 0 for many.", at_least=0, below=1)
-    lora_target_modules: list[str] | None = flag(
-        None,
-        "Names of the linear layers to adapt, such as q_proj v_proj. If not set, all except the output "
-        "head, routers and gates.",
-    )
-    lora_experts: bool = flag(
-        False,
-        "Adapt the routed experts of a mixture, too, each at rank lora_r / experts per token and without dropout; the "
-        "adapter gets several times larger.",
-    )
+    lora_target_modules: list[str] | None = flag(None,
+        "Names of the linear layers to adapt, such as q_proj v_proj. If not set, all except the output head, "
+        "routers and gates.")
+    lora_experts: bool = flag(False,
+        "Adapt the routed experts of a mixture, too, each at rank lora_r / experts per token and without dropout; "
+        "the adapter gets several times larger.")
     lora_weight_path: str = flag("", "Folder of an adapter to continue from; its rank and layers are kept.")
-    lora_bias: Literal["none", "all", "lora_only"] = flag(
-        "none", "Biases to train with the adapter; unless none, the base model changes even without the adapter."
-    )
+    lora_bias: Literal["none", "all", "lora_only"] = flag("none",
+        "Biases to train with the adapter; unless none, the base model changes even without the adapter.")
     q_lora: bool = flag(False, "Hold the base model in 4 bits (NF4): a quarter of the memory, somewhat slower.")
     use_rslora: bool = flag(False, "Scale the adapter by alpha / sqrt(r) instead of alpha / r; for high ranks.")
     use_dora: bool = flag(False, "Weight-decomposed LoRA (DoRA): slower, at times better at low ranks.")
-    modules_to_save: list[str] | None = flag(
-        None, "Layers to train and save whole beside the adapter, such as lm_head; some servers refuse such adapters."
-    )
-    init_lora_weights: str = flag(
-        "true",
-        "Initial adapter: true (no change of the model), gaussian, pissa, olora or orthogonal. pissa at times learns "
-        "faster, and changes the base model.",
-    )
-    trainable_token_indices: list[int] | None = flag(
-        None, "Ids of tokens whose embeddings are trained; for a base model new to the template's control tokens."
-    )
+    modules_to_save: list[str] | None = flag(None,
+        "Layers to train and save whole beside the adapter, such as lm_head; some servers refuse such adapters.")
+    init_lora_weights: str = flag("true",
+        "Initial adapter: true (no change of the model), gaussian, pissa, olora or orthogonal. pissa at times "
+        "learns faster, and changes the base model.")
+    trainable_token_indices: list[int] | None = flag(None,
+        "Ids of tokens whose embeddings are trained; for a base model new to the template's control tokens.")
+
+# fmt: on
 
 
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
@@ -240,9 +177,7 @@ ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
 
 
 class SupervisedDataset(Dataset):
-    """Conversations tokenised in advance, into a memory-mapped file that a second run opens at once.
-
-    An item is the list of documents of one conversation (see `encoding.Document`).
+    """Conversations tokenised in advance, into a memory-mapped file; an item is the documents of one conversation.
 
     Args:
         conversations: where they are read from.
@@ -363,26 +298,16 @@ def load_config(
 def nf4(compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> transformers.BitsAndBytesConfig:
     """Hold weights as 4-bit NormalFloat with double quantisation, as in QLoRA (arXiv 2305.14314, section 3)."""
     return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=storage,
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype, bnb_4bit_quant_storage=storage,
+    )  # fmt: skip
 
 
 def load_model(
-    config: transformers.PreTrainedConfig,
-    model_args: ModelArguments,
-    training_args: TrainingArguments,
-    lora_args: LoraArguments,
-    compute_dtype: torch.dtype,
-) -> transformers.PreTrainedModel:
-    """Load the base model: 4-bit for QLoRA, the computing precision for LoRA, float32 masters for full training.
-
-    Raises:
-        UserError: the model cannot be loaded, or its files lack some of its weights.
-    """
+    config: transformers.PreTrainedConfig, model_args: ModelArguments, training_args: TrainingArguments,
+    lora_args: LoraArguments, compute_dtype: torch.dtype,
+) -> transformers.PreTrainedModel:  # fmt: skip
+    """Load the base model: 4-bit for QLoRA, the computing precision for LoRA, float32 masters for full training."""
     kernel, options = model_args.attn_implementation, {}
     sharded = engines.engine_of(training_args).shards_weights
     if kernel == "auto" and training_args.padding_free:
@@ -402,11 +327,7 @@ def load_model(
 def add_adapter(
     model: transformers.PreTrainedModel, training_args: TrainingArguments, lora_args: LoraArguments
 ) -> torch.nn.Module:
-    """Put a new LoRA adapter on the model, or the one to continue from. All that is trained becomes float32.
-
-    Raises:
-        UserError: the adapter does not fit the model, or peft refuses the combination of flags.
-    """
+    """Put a new LoRA adapter on the model, or the one to continue from. All that is trained becomes float32."""
     import peft
 
     if lora_args.lora_weight_path:
@@ -440,17 +361,6 @@ def add_adapter(
     if (training_args.bf16 or training_args.fp16) and not training_args.deepspeed:  # these compute under autocast
         precision.keep_input_dtype(adapted)
     return adapted
-
-
-def compile_layers(model: torch.nn.Module, training_args: TrainingArguments) -> None:
-    """Compile each decoder layer, for --torch_compile: the layers share one graph and their weights keep their names.
-
-    Clears training_args.torch_compile_backend, so that accelerate does not compile the whole model again.
-    """
-    backend, training_args.torch_compile_backend = training_args.torch_compile_backend, None
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):  # the base class of transformers' layers
-            module.compile(backend=backend, mode=training_args.torch_compile_mode)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -507,15 +417,17 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     return arguments
 
 
-def train(argv=None):
-    """Parse the command line, train, save; returns the Trainer's metrics."""
+def train(argv: list[str] | None = None) -> dict[str, float]:
+    """Train as a command line says, that of this process if None; return the Trainer's metrics."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     with nodes.watch():  # of several machines, each ends when another one is gone
         return run(*arguments)
 
 
-def run(model_args, data_args, training_args, lora_args):
-    """The whole training of these arguments."""
+def run(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, lora_args: LoraArguments
+) -> dict[str, float]:
+    """Train and save; return the Trainer's metrics. A mistake is a UserError, if possible before the weights load."""
     if training_args.device.type == "cpu":
         precision.choose_float32()
     transformers.set_seed(training_args.seed)
@@ -524,68 +436,49 @@ def run(model_args, data_args, training_args, lora_args):
         encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking, data_args.train_empty_answers)
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
-    config = load_config(model_args, training_args, data_args.pack_tokens)
+    config = load_config(model_args, training_args, data_args.pack_tokens)  # settles model_max_length for the rows
     if training_args.use_lora and not lora_args.lora_weight_path:
         experts.check(config, lora_args.lora_experts, lora_args.lora_target_modules)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
     record = checkpoints.describe_run(model_args, data_args, training_args, lora_args, train_dataset)
-    if training_args.resume_from_checkpoint:
-        checkpoints.refuse_changed_run(
-            training_args.resume_from_checkpoint, record, ARGUMENTS, training_args.ignore_data_skip
-        )
-
+    if checkpoint := training_args.resume_from_checkpoint:
+        checkpoints.refuse_changed_run(checkpoint, record, ARGUMENTS, training_args.ignore_data_skip)
     if report.inspect(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})}):
         return {}
 
     if data_args.pack_tokens:
         seed = None if training_args.train_sampling_strategy == "sequential" else training_args.seed
         train_dataset = packing.PackedDataset(train_dataset, data_args.pack_tokens, seed, training_args.torch_compile)
-    compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    compute_dtype = precision.compute_dtype(training_args)
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
-    generation.stop_at(model, tokenizer, encoder)
+    generation.stop_at(model, tokenizer, encoder)  # reads the head's weights, before an adapter wraps them
     if training_args.use_lora:
         transformers.set_seed(training_args.seed)  # loading draws random numbers under some engines
         model = add_adapter(model, training_args, lora_args)
     if training_args.torch_compile:
-        compile_layers(model, training_args)
+        loading.compile_layers(model, training_args)  # with the adapter in the layers
     questions, metric = [], None
     if data_args.eval_generate:
-        held_out = (dataset.conversations[number] for dataset in eval_dataset.values() for number in dataset.kept)
-        chosen = list(itertools.islice(held_out, data_args.eval_generate))
-        questions = answers.questions(chosen, encoder, training_args.model_max_length)
+        questions = answers.held_out_questions(eval_dataset, data_args.eval_generate, encoder)
         metric = answers.load_metric(data_args.metric) if data_args.metric else None
     trainer = RecipeTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        data_collator=Collator(training_args.padding_free),
-        save=safe_save_model_for_hf_trainer,
-        record=record,
-        questions=questions,
-        metric=metric,
-        stop_id=encoder.stop_id,
-    )
+        model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+        processing_class=tokenizer, data_collator=Collator(training_args.padding_free),
+        save=safe_save_model_for_hf_trainer, record=record, questions=questions, metric=metric, stop_id=encoder.stop_id,
+    )  # fmt: skip
     if training_args.gradient_checkpointing is None:
         start_report.choose_checkpointing(trainer, compute_dtype, lora_args)
+    # Only now is it known whether checkpointing is on, and the start block's memory depends on it.
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
     say(start_report.describe(trainer, compute_dtype, lora_args))
-    metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
-    if training_args.should_save:
-        text = command_line.run_yaml((model_args, data_args, training_args, lora_args))
-        pathlib.Path(training_args.output_dir, "run.yaml").write_text(text, encoding="utf-8")
     trainer.save_state()
-    if eval_dataset is not None:
-        now = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
-        evaluated = {key: value for entry in now for key, value in entry.items() if key.startswith("eval_")}
-        if "eval_loss" not in evaluated:
-            evaluated = trainer.evaluate()
-            trainer.keep_best(evaluated)
-        metrics.update(evaluated)
+    if eval_dataset is not None:  # after the save: a failing evaluation costs no weights
+        metrics.update(trainer.evaluate_at_end())
         trainer.save_state()
-    if trainer.args.should_save:
+    if training_args.should_save:
+        command_line.write_run_yaml((model_args, data_args, training_args, lora_args), training_args.output_dir)
         curves.plot_loss(trainer.state.log_history, training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()

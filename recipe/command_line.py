@@ -18,6 +18,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -238,6 +239,13 @@ ALWAYS_SO = {
 }
 
 
+def flag(default: Any, help: str, *, at_least: float | None = None, below: float | None = None, **more: Any) -> Any:
+    """Make a field of an argument class: its default, the text that --help shows, and the bounds of a number."""
+    if at_least is not None:
+        more["choices"] = Bounds(at_least, below)
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
 def run_yaml(arguments: Sequence[Any]) -> str:
     """Return a config file that repeats the run of these argument instances; the last one is written for adapters only.
 
@@ -257,6 +265,12 @@ def run_yaml(arguments: Sequence[Any]) -> str:
         if not skipped and value not in (None, [], {}) and (name in RECORDED or value != _recorded(default)):
             entries[name] = value
     return yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def write_run_yaml(arguments: Sequence[Any], folder: str) -> None:
+    """Write `run_yaml` of these argument instances beside the weights in a folder."""
+    with open(os.path.join(folder, "run.yaml"), "w", encoding="utf-8") as file:
+        file.write(run_yaml(arguments))
 
 
 def _recorded(value: Any) -> Any:

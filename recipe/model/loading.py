@@ -9,13 +9,14 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -306,3 +307,14 @@ def _adapter_config(source: Pretrained):
         return PeftConfig.from_pretrained(source.name_or_path, cache_dir=source.cache_dir)
     except LOADING_ERRORS as error:
         raise UserError(f"{source.named_by} {source.name_or_path}: cannot be loaded: {one_line(error)}") from None
+
+
+def compile_layers(model: nn.Module, training_args: Any) -> None:
+    """Compile each decoder layer, for --torch_compile: the layers share one graph and their weights keep their names.
+
+    Clears `torch_compile_backend` of the TrainingArguments, so that accelerate does not compile the whole model again.
+    """
+    backend, training_args.torch_compile_backend = training_args.torch_compile_backend, None
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # the base class of transformers' layers
+            module.compile(backend=backend, mode=training_args.torch_compile_mode)

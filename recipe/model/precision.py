@@ -2,11 +2,13 @@
 
 import os
 import platform
+from typing import Any
 
 import torch
 from torch import nn
 
 from recipe import console
+from recipe.console import say
 
 
 def best_dtype(cpu: bool) -> torch.dtype:
@@ -23,6 +25,31 @@ def best_dtype(cpu: bool) -> torch.dtype:
         return torch.bfloat16 if has_bf16(cpu) else torch.float16
     several = console.world_size() > 1  # ranks on different machines must agree
     return torch.bfloat16 if _cpu_is_fast_in_bf16() and not several else torch.float32
+
+
+def choose_precision(args: Any, recorded: str | None) -> None:
+    """Set `bf16` and `fp16` where they are not given, or where this hardware does not compute in what was given.
+
+    Args:
+        args: TrainingArguments, with `use_cpu` as it will be.
+        recorded: the precision of the run that is resumed, as a dtype's name; what is fast here may be another one.
+    """
+    if args.tf32 and args.use_cpu:
+        say("--tf32 is for GPUs and is left out on this CPU.")
+        args.tf32 = None
+    best = recorded or dtype_name(best_dtype(args.use_cpu))
+    if args.fp16 and args.use_cpu or args.bf16 and not has_bf16(args.use_cpu):
+        best = dtype_name(best_dtype(args.use_cpu))
+        say(f"--{'fp16' if args.fp16 else 'bf16'}: this hardware does not compute in it; {best} is used instead.")
+        args.bf16 = args.fp16 = None
+    if args.bf16 is None and args.fp16 is None:
+        args.bf16, args.fp16 = best == "bfloat16", best == "float16"
+    args.bf16, args.fp16 = bool(args.bf16), bool(args.fp16)
+
+
+def compute_dtype(args: Any) -> torch.dtype:
+    """Return the precision that TrainingArguments compute in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def has_bf16(cpu: bool) -> bool:

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +71,13 @@ def questions(
             turn = document["turns"][-1] - 1
             result.append(Question(ids[:start], ids[start:end], reference, conversation["messages"][:turn]))
     return result
+
+
+def held_out_questions(datasets: Mapping[str, Any], count: int, encoder: ChatEncoder) -> list[Question]:
+    """Make questions of the first `count` conversations that the evaluation datasets use, in their order."""
+    used = (dataset.conversations[number] for dataset in datasets.values() for number in dataset.kept)
+    longest = min(dataset.max_length for dataset in datasets.values())
+    return questions(list(itertools.islice(used, count)), encoder, longest)
 
 
 @contextlib.contextmanager

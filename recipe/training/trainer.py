@@ -177,6 +177,15 @@ class RecipeTrainer(transformers.Trainer):
         scores = gather_object([answers.scores(*pair, self.metric) for pair in zip(texts, mine, strict=True)])
         return {f"{prefix}_{name}": value for name, value in answers.mean_scores(scores).items()}
 
+    def evaluate_at_end(self) -> dict[str, float]:
+        """Return the evaluation of the trained weights: that of the last step, or a new one. Every rank must call it."""
+        log = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
+        metrics = {key: value for entry in log for key, value in entry.items() if key.startswith("eval_")}
+        if "eval_loss" not in metrics:
+            metrics = self.evaluate()
+            self.keep_best(metrics)
+        return metrics
+
     def keep_best(self, metrics: dict[str, float]) -> None:
         """Save the weights to `best` if their `eval_loss` in `metrics` is the lowest so far. Every rank must call it."""
         if not metrics["eval_loss"] < self.best_loss:
