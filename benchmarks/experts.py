@@ -105,10 +105,10 @@ def measure(args, dtype, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for flag, default in (("hidden", 512), ("intermediate", 256), ("experts", 32), ("per_token", 8), ("rank", 8),
-                          ("repeat", 6)):  # fmt: skip
+    for flag, default in (("hidden", 512), ("intermediate", 192), ("experts", 128), ("per_token", 8), ("rank", 8),
+                          ("repeat", 5)):  # fmt: skip
         parser.add_argument(f"--{flag}", type=int, default=default)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     print(f"| tokens, precision | {' | '.join(f'{variant}: ms, MB' for variant in VARIANTS)} | faster | memory |")

@@ -4,8 +4,12 @@ import argparse
 import atexit
 import threading
 
+import peft
 import pytest
 import transformers
+from peft.utils import transformers_weight_conversion
+from transformers.integrations import moe
+from transformers.quantizers import auto
 
 PRIVATE = [
     (argparse.ArgumentParser(), "_negative_number_matcher"),
@@ -14,6 +18,11 @@ PRIVATE = [
     (argparse.ArgumentDefaultsHelpFormatter, "_get_help_string"),
     (transformers.HfArgumentParser, "_parse_dataclass_field"),
     (transformers.TrainingArguments("output", use_cpu=True), "_n_gpu"),
+    (moe, "_grouped_mm"),
+    (auto, "AUTO_QUANTIZER_MAPPING"),
+    (peft.tuners.lora.layer.ParamWrapper, "_activate_lora"),
+    (transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN"),
+    (transformers_weight_conversion, "_MOE_TARGET_MODULE_MAPPING"),
     (threading, "_shutdown"),
     (atexit, "_run_exitfuncs"),
 ]

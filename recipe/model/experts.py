@@ -52,11 +52,11 @@ def is_routed_weight(name: str) -> bool:
 def experts_per_token(config: PretrainedConfig) -> int:
     """Read from a model's config how many routed experts compute a token; 0 for a model without such experts."""
     config = config.get_text_config()
-    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if not any(counts):
+    of_layer = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    of_token = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+    if not any(getattr(config, name, None) for name in of_layer):
         return 0
-    chosen = (getattr(config, name, None) for name in ("num_experts_per_tok", "top_k_experts", "moe_topk"))
-    return next((count for count in chosen if isinstance(count, int)), 0)
+    return next((getattr(config, name) for name in of_token if isinstance(getattr(config, name, None), int)), 0)
 
 
 def balancing_weight(config: PretrainedConfig) -> float:
