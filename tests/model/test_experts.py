@@ -10,13 +10,13 @@ import transformers
 from safetensors.torch import load_file
 
 import finetune
-import merge
 from benchmarks.experts import LiveBytes
 from helpers import ROWS, argv, history, write
 from recipe.console import UserError
 from recipe.dataset.collator import Collator
 from recipe.model import experts, loading
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
+from recipe.training import merging
 
 SMALL = dict(
     vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
@@ -268,7 +268,7 @@ def test_adapters_of_experts_load_in_plain_peft_and_merge(family, folder_of, dat
     assert all(scale == pytest.approx(12 / 6**0.5 if "--use_rslora" in flags else 2) for scale in scales)
     ours, _ = loading.load(str(tmp_path / "out"), torch.float32, "cpu")
     assert distance(ours(input_ids=IDS).logits, stock(input_ids=IDS).logits) < 1e-6
-    assert merge.merge(str(tmp_path / "out"), str(tmp_path / "merged"), torch.float32) < 1e-5
+    assert merging.merge(str(tmp_path / "out"), str(tmp_path / "merged"), torch.float32) < 1e-5
 
 
 @pytest.mark.parametrize(
