@@ -53,8 +53,8 @@ def describe(model: nn.Module, device: torch.device) -> str | None:
     if all(map(_kernel, names)):
         return "kernels of flash-linear-attention"
     return (
-        "torch functions, each document by itself; flash-linear-attention is not installed: `pip install "
-        "flash-linear-attention` brings kernels that compute a whole row at once and are many times faster"
+        "torch functions, each document by itself; `pip install flash-linear-attention` brings kernels that compute a "
+        "whole row at once and are many times faster"
     )
 
 
