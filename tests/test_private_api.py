@@ -9,6 +9,9 @@ import pytest
 import transformers
 from peft.utils import transformers_weight_conversion
 from transformers.integrations import moe
+from transformers.models.kimi_linear import modeling_kimi_linear
+from transformers.models.lfm2 import modeling_lfm2
+from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.quantizers import auto
 
 PRIVATE = [
@@ -23,6 +26,10 @@ PRIVATE = [
     (peft.tuners.lora.layer.ParamWrapper, "_activate_lora"),
     (transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN"),
     (transformers_weight_conversion, "_MOE_TARGET_MODULE_MAPPING"),
+    (modeling_qwen3_5, "causal_conv1d_fn"),
+    (modeling_qwen3_5, "torch_chunk_gated_delta_rule"),
+    (modeling_kimi_linear, "chunk_kimi_delta_attention"),
+    (modeling_lfm2, "Lfm2ShortConv"),
     (threading, "_shutdown"),
     (atexit, "_run_exitfuncs"),
 ]

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+CHUNK = 64  # tokens that the torch rules compute at once
 # Names of functions in modelling files, and the functions of flash-linear-attention that compute the same.
 CONVOLUTION = "causal_conv1d_fn"
 RULES = {"torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"}
@@ -51,8 +53,8 @@ def describe(model: nn.Module, device: torch.device) -> str | None:
     if all(map(_kernel, names)):
         return "kernels of flash-linear-attention"
     return (
-        "torch functions, each document by itself; flash-linear-attention is not installed: `pip install "
-        "flash-linear-attention` brings kernels that compute a whole row at once and are many times faster"
+        "torch functions, each document by itself; `pip install flash-linear-attention` brings kernels that compute a "
+        "whole row at once and are many times faster"
     )
 
 
@@ -85,6 +87,17 @@ def _convolution_by_document(original: Callable, kernel: Callable | None) -> Cal
     return causal_conv1d_fn
 
 
+def _rule_by_document(original: Callable, kernel: Callable | None) -> Callable:
+    def rule(*states, cu_seqlens=None, cu_seq_lens_q=None, **options):
+        ends = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+        if ends is None:
+            return original(*states, **options)
+        return _apply_rule(original, kernel, ends, *states, **options)
+
+    rule.keeps_documents_apart = True
+    return rule
+
+
 @torch.compiler.disable  # rows differ in their documents, and each would be compiled anew
 def _convolve(
     original: Callable,
@@ -106,23 +119,14 @@ def _convolve(
     Returns:
         [1, C, T].
     """
+    row = states.transpose(1, 2)
     if kernel and states.device.type != "cpu" and activation in (None, "silu", "swish"):  # it ignores others
-        row = kernel(states.transpose(1, 2), weight, bias, activation=activation, cu_seqlens=ends)[0]
-        return row.transpose(1, 2)
-    convolve = inspect.unwrap(original)
-    parts = states.split(ends.diff().tolist(), dim=2)
-    return torch.cat([convolve(part, weight, bias, activation=activation) for part in parts], dim=2)
+        return kernel(row, weight, bias, activation=activation, cu_seqlens=ends)[0].transpose(1, 2)
 
+    def convolve(rows):
+        return inspect.unwrap(original)(rows.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
 
-def _rule_by_document(original: Callable, kernel: Callable | None) -> Callable:
-    def rule(*states, cu_seqlens=None, cu_seq_lens_q=None, **options):
-        ends = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
-        if ends is None:
-            return original(*states, **options)
-        return _apply_rule(original, kernel, ends, *states, **options)
-
-    rule.keeps_documents_apart = True
-    return rule
+    return _by_document(convolve, ends, row).transpose(1, 2)
 
 
 @torch.compiler.disable
@@ -152,9 +156,27 @@ def _apply_rule(
     settings = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
     if kernel and query.device.type != "cpu":
         return kernel(query, key, value, g=g, beta=beta, cu_seqlens=ends, **settings)[0], None
-    rule = inspect.unwrap(original)
-    documents = zip(
-        *(states.split(ends.diff().tolist(), dim=1) for states in (query, key, value, g, beta)), strict=True
-    )
-    outputs = [rule(q, k, v, g=decay, beta=rate, **settings)[0] for q, k, v, decay, rate in documents]
-    return torch.cat(outputs, dim=1), None
+
+    def rule(query, key, value, g, beta):
+        return inspect.unwrap(original)(query, key, value, g=g, beta=beta, **settings)[0]
+
+    return _by_document(rule, ends, query, key, value, g, beta), None
+
+
+def _by_document(function: Callable, ends: Tensor, *states: Tensor) -> Tensor:
+    """Call a causal function of states [rows, tokens, ...] on the documents of one row, and join what it returns.
+
+    Documents of as many chunks go through one call, padded to the longest of them: the rule pads each to whole chunks
+    in any case, and a token does not depend on later ones.
+    """
+    lengths = ends.diff().tolist()
+    parts = [state[0].split(lengths) for state in states]
+    groups: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths):
+        groups.setdefault(-(-length // CHUNK), []).append(document)
+    outputs: dict[int, Tensor] = {}
+    for documents in groups.values():
+        rows = [pad_sequence([part[document] for document in documents], batch_first=True) for part in parts]
+        for document, output in zip(documents, function(*rows), strict=True):
+            outputs[document] = output[: lengths[document]]
+    return torch.cat([outputs[document] for document in range(len(lengths))])[None]
