@@ -3,6 +3,7 @@
 import copy
 import importlib.resources
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -116,3 +117,18 @@ def step(tmp_path, model, data, name, *more, ranks=1):
     before = finetune.transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     names = dict(before.named_parameters())
     return history(tmp_path / name, "loss")[0], {n: names[n].detach() - p.detach() for n, p in after.named_parameters()}
+
+
+def run_ranks(folder, jobs, ranks):
+    """Run the trainings of tests/distributed/ranks.py, {name: job}, in as many processes; {name: what each left}."""
+    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
+    command = [ROOT / "tests" / "distributed" / "ranks.py", folder / "jobs.json", folder / "results.json"]
+    if ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *command]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=900, cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    left = json.loads((folder / "results.json").read_text())
+    failed = [result["traceback"] for result in left.values() if "error" in result]
+    return {"folder": folder, "problem": "".join(failed) or done.returncode and done.stderr[-4000:], **left}

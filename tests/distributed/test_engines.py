@@ -4,7 +4,6 @@ Each engine is started once (ranks.py) and runs all its trainings; the tests com
 """
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from helpers import ROOT
+from helpers import ROOT, run_ranks
 from recipe.distributed.engines import ENGINES, Mode, Verdict
 
 OFFLOADED = ROOT / "recipe" / "distributed"
@@ -172,17 +171,7 @@ def ran(tiny_model, qwen3, moe, hybrid, data, tmp_path_factory):
             if launched_as[other] == label != other:  # in the same processes
                 offload = jobs(other, folder / "offload", tiny_model, qwen3, moe, hybrid, data)
                 todo |= {f"offload {name}": job for name, job in offload}
-        (folder / "jobs.json").write_text(json.dumps(todo, default=str))
-        command = [ROOT / "tests" / "distributed" / "ranks.py", folder / "jobs.json", folder / "results.json"]
-        if label != "one process":
-            command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=900, cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        left = json.loads((folder / "results.json").read_text())
-        failed = [result["traceback"] for result in left.values() if "error" in result]
-        return {"folder": folder, "problem": "".join(failed) or done.returncode and done.stderr[-4000:], **left}
+        return run_ranks(folder, todo, 1 if label == "one process" else 2)
 
     def of(label):
         launched = launched_as[label]
