@@ -445,10 +445,10 @@ def run(
         checkpoints.refuse_changed_run(checkpoint, record, ARGUMENTS, training_args.ignore_data_skip)
     if report.inspect(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})}):
         return {}
-
     if data_args.pack_tokens:
         seed = None if training_args.train_sampling_strategy == "sequential" else training_args.seed
         train_dataset = packing.PackedDataset(train_dataset, data_args.pack_tokens, seed, training_args.torch_compile)
+    start_report.refuse_no_batch(train_dataset, training_args)
     compute_dtype = precision.compute_dtype(training_args)
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
     generation.stop_at(model, tokenizer, encoder)  # reads the head's weights, before an adapter wraps them
@@ -470,6 +470,7 @@ def run(
         start_report.choose_checkpointing(trainer, compute_dtype, lora_args)
     # Only now is it known whether checkpointing is on, and the start block's memory depends on it.
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
+    start_report.refuse_full_disk(trainer, compute_dtype)
     say(start_report.describe(trainer, compute_dtype, lora_args))
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     safe_save_model_for_hf_trainer(trainer, training_args.output_dir)

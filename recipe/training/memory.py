@@ -1,159 +1,426 @@
-"""What a training needs on each GPU, by arithmetic: model, engine, mode, GPUs and tokens -> bytes by their parts.
+"""Estimate the memory of a training on each device: model, engine, mode, devices and tokens -> bytes by their parts.
 
-`python scaling.py` prints the table of the README, `python scaling.py measured` the formula beside what was measured.
+Every part is counted from the model and from what the code keeps; nothing is fitted. tests/training/test_memory.py holds
+the parts against the bytes that torch keeps, and benchmarks/memory_table.py prints a table of common models.
 """
 
 import os
 import shutil
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from recipe.distributed.engines import Mode
+from recipe.distributed.engines import Engine, Mode
 from recipe.distributed.weights import numel
-from recipe.model.loss import BLOCK
+from recipe.model import experts
+from recipe.model.loading import outside_decoder
+from recipe.model.loss import BLOCK, ROWS
 
 GB = 1e9
-NF4, NF4_SCALES = 0.5, 1 / 64 + 4 / (64 * 256)  # bytes a weight; 8 bits scale 64 weights, float32 scales 256 of these
-ZERO3_LIVE = 1_000_000_000  # elements; DeepSpeed's default for weights that are gathered, and for a part of its step
+# Bytes of a weight in NF4 with double quantisation (QLoRA, arXiv 2305.14314): an 8-bit scale for each 64 weights, and a
+# float32 scale for each 256 of those.
+NF4, NF4_SCALES = 0.5, 1 / 64 + 4 / (64 * 256)
+ZERO3_LIVE = 1_000_000_000  # elements: DeepSpeed's stage3_max_live_parameters, and its sub_group_size in a step
+CHUNK = 64  # tokens that the gated delta rule computes together
+OUTPUTS = ("o_proj", "out_proj", "down_proj")  # linear layers that read the result of their block; others read a norm's
 
 
-@dataclass
-class Shape:
-    """Parameters of a model by where they are kept, and its config (with the names of transformers).
+@dataclass(frozen=True)
+class LayerSize:
+    """Elements that one decoder layer keeps of each token for the backward pass.
 
-    linear: weights of the linear layers, which QLoRA holds in 4 bits; other: norms, biases and the like; embedding;
-    head: 0 where it is the embedding; adapter: what LoRA trains.
+    Attributes:
+        norms: Inputs of RMS norms, which compute in float32.
+        entering: Inputs of the linear layers that read the output of a norm, counted for each of them.
+        shared: The same, where those of one block (such as q_proj, k_proj, v_proj) read one tensor.
+        leaving: Inputs of the linear layers that read the result of their block.
+        ranks: Outputs of the adapter's first matrices.
+        between: Results between the linear layers, in the computing precision.
+        exact: Results between them that are float32 in every precision.
+        casts: Copies of such results in the computing precision, if that is another one.
+        gradients: Gradients that exist at once in the backward pass, those of the widest results.
+    """
+
+    norms: int = 0
+    entering: int = 0
+    shared: int = 0
+    leaving: int = 0
+    ranks: int = 0
+    between: float = 0
+    exact: float = 0
+    casts: float = 0
+    gradients: float = 0
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model by how they are stored, and what its layers keep.
+
+    Attributes:
+        linear: Elements of the matrices that QLoRA holds in 4 bits.
+        largest: Elements of the largest of these matrices.
+        other: Elements of all other weights but embedding and output head.
+        embedding: Elements of the input embedding.
+        head: Elements of the output head; 0 if it is the embedding.
+        tower: Elements of all these that are outside of the decoder, in a vision tower; they are never trained.
+        adapter: Elements that LoRA trains.
+        layers: What each decoder layer keeps: with an adapter for its backward pass, else for that of all weights.
+        config: The configuration of the decoder.
     """
 
     linear: int
+    largest: int
     other: int
     embedding: int
     head: int
+    tower: int
     adapter: int
-    config: object
+    layers: tuple[LayerSize, ...]
+    config: Any
 
     @property
-    def base(self):
+    def base(self) -> int:
+        """Count the parameters without the adapter."""
         return self.linear + self.other + self.embedding + self.head
 
 
-def shape_of(model):
-    """The Shape of a loaded model of any kind, wherever its parts are."""
-    config = model.config.get_text_config()
-    counts = dict.fromkeys(("4 bits", "matrices", "other", "adapter"), 0)
-    for parameter in model.parameters():
-        elements = numel(parameter)
-        if hasattr(model, "peft_config") and parameter.requires_grad:
-            counts["adapter"] += elements
-        elif getattr(parameter, "quant_state", None) is not None:
-            counts["4 bits"] += parameter.quant_state.shape.numel()
-        else:
-            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-            counts["matrices" if matrix else "other"] += elements
-    embedding = config.vocab_size * config.hidden_size
-    head = 0 if model.config.get_text_config().tie_word_embeddings else embedding
-    matrices = counts["matrices"] - embedding - head
-    linear, other = (counts["4 bits"], counts["other"] + matrices) if counts["4 bits"] else (matrices, counts["other"])
-    return Shape(linear, other, embedding, head, counts["adapter"], config)
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes on one device at the worst moment of a micro-batch: the end of its forward pass, or its backward pass.
 
-
-def activation_bytes(config, dtype, lora, dropout):
-    """Bytes that one token keeps per layer between forward and backward, for Qwen2-like layers.
-
-    From counting what autograd saves: about 4 tensors of the MLP's width and 10 of the hidden size in the computing
-    precision; in half precision also the float32 copies made by the norms and by the adapters; with dropout a mask and
-    a copy of every adapter's input.
+    Attributes:
+        weights: Model and adapter, or this process's share of them.
+        gradients: Gradients, which stay from micro-batch to micro-batch.
+        optimizer: AdamW's averages, and float32 masters where the engine keeps those apart.
+        gathered: Copies of weights in the computing precision, gathered weights, communication buckets.
+        activations: What the layers keep for the backward pass, and in it the gradients of one layer's results.
+        logits: Logits and the gradients that the output head forms at once; in the backward pass these alone.
+        step: Temporary tensors of the optimizer's step, which comes after the passes.
     """
-    hidden, size = config.hidden_size, dtype.itemsize
-    wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    heads = groups * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
-    kept = size * (4 * wide + 10 * hidden + 2 * heads)
-    if size == 2:
-        kept += 2 * wide + 18 * hidden if lora else 4 * hidden
-    return kept + (5 * (wide + 6 * hidden) if lora and dropout else 0)
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    logits: float
+    step: float
+
+    @property
+    def kept(self) -> float:
+        """Return the bytes that stay from step to step (gradients: between the micro-batches of one step)."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def passes(self) -> float:
+        """Return the bytes that the forward and backward pass add."""
+        return self.gathered + self.activations + self.logits
+
+    @property
+    def peak(self) -> float:
+        """Return the bytes at the worst moment of all."""
+        return self.kept + max(self.passes, self.step)
 
 
-def gpu_bytes(shape, engine, mode, gpus, tokens, checkpointing=True, dtype=torch.bfloat16, supervised=None,
-              dropout=0.05):  # fmt: skip
-    """Bytes on one GPU by their parts; `peak` adds them up.
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes of a model
 
-    Assumed, with AdamW of torch and the configurations beside this file:
-        one process, DDP: what is trained, its gradients and two averages in float32; autocast's copies of it in the
-            computing dtype; DDP's buckets, which are the gradients once more.
-        LoRA: the base in the computing dtype. QLoRA: its linear layers in NF4 with double quantisation, 0.516 bytes a
-            weight, of which the scales (0.016) are never shared out; one matrix at a time is computed from them.
-        ZeRO: what is trained in the computing dtype; a share of its float32 masters and averages, and of gradients in
-            the computing dtype. ZeRO-2: the weights whole, two buckets of hidden size squared gradients. ZeRO-3: a
-            share of all weights; 1e9 gathered elements at most and a bucket of hidden size squared. In QLoRA all 4-bit
-            weights that a forward pass has gathered stay until its backward pass ends: bitsandbytes refers to them
-            (FSDP2 empties them all the same, and so does checkpointing, of the reentrant kind that engines.py chooses
-            here).
-        FSDP2: a share of everything, the trained part in float32; two layers and the head gathered in the computing
-            dtype, and as much again for gradients of what is trained.
-        offload: optimizer and gradients, and all but ZeRO-2's weights, are in main memory.
-        the step, after the passes: 4 bytes more a trained weight, and 4 for ZeRO's gradients in float32 (of 1e9
-            weights at a time).
-        checkpointing: the input of each layer, and one layer's activations.
-        logits: in the computing dtype, in float32, and their gradient, of at most BLOCK supervised tokens; the float32
-            gradient of a head that is trained.
+
+def model_size(model: Any, fused_delta_rule: bool = False) -> ModelSize:
+    """Count a model of any kind: on a device, on meta, in 4 bits, with an adapter, or held in parts by ZeRO-3.
+
     Args:
-        shape: a Shape; engine: an Engine; mode: an engines.Mode; gpus: processes, one on each.
-        tokens: of a micro-batch on one GPU; supervised: how many of them are (None: all).
-        dropout: of the adapter.
-    Returns:
-        {part: bytes}: weights, gradients, optimizer, gathered (with copies and buckets), activations, logits, step.
+        model: A causal language model of transformers, or peft's wrapper of one.
+        fused_delta_rule: Whether linear-attention layers run the kernels of flash-linear-attention.
     """
-    size, config = dtype.itemsize, shape.config
-    zero, offload = engine.masters_apart, engine.offloads
-    full, q_lora = mode == Mode.FULL, mode == Mode.QLORA
-    trained = shape.base if full else shape.adapter
-    linear = NF4 if q_lora else size  # bytes of a weight of the layers
-    frozen = 0 if full else linear * shape.linear + size * (shape.base - shape.linear)
-    scales = NF4_SCALES * shape.linear * q_lora
-    weights = frozen + (size if zero else 4) * trained
-    share = 1 / gpus if engine.shards_optimizer else 1
-    here = 0 if offload else share
+    adapted = hasattr(model, "peft_config")
+    base = model.get_base_model() if adapted else model
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    outside = {id(parameter) for parameter in outside_decoder(base).values()}
+    matrices = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    matrices |= {id(p) for name, p in base.named_parameters() if experts.is_routed_weight(name)}
+    counts = dict.fromkeys(("adapter", "4 bits", "matrices", "other", "tower"), 0)
+    largest = {"4 bits": 0, "matrices": 0}
+    for parameter in model.parameters():
+        if adapted and parameter.requires_grad:
+            counts["adapter"] += numel(parameter)
+            continue
+        packed = getattr(parameter, "quant_state", None)
+        elements = numel(parameter) if packed is None else packed.shape.numel()
+        kind = "4 bits" if packed is not None else "matrices" if id(parameter) in matrices else "other"
+        counts[kind] += elements
+        counts["tower"] += elements * (id(parameter) in outside)
+        if kind in largest:
+            largest[kind] = max(largest[kind], elements)
+    config = model.config.get_text_config()
+    embedding = config.vocab_size * config.hidden_size
+    tied = not {id(p) for p in head.parameters()} - {id(p) for p in base.get_input_embeddings().parameters()}
+    linear = "4 bits" if counts["4 bits"] else "matrices"
+    unpacked = counts["matrices"] if counts["4 bits"] else 0
+    return ModelSize(
+        linear=counts[linear],
+        largest=largest[linear],
+        other=counts["other"] + unpacked - embedding * (1 if tied else 2),
+        embedding=embedding,
+        head=0 if tied else embedding,
+        tower=counts["tower"],
+        adapter=counts["adapter"],
+        layers=tuple(_layer_size(layer, config, adapted, fused_delta_rule) for layer in decoder.layers),
+        config=config,
+    )
 
+
+def _layer_size(layer: torch.nn.Module, config: Any, adapted: bool, fused: bool) -> LayerSize:
+    """Count what a layer keeps, by the modules in it."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query, key = heads * width, groups * width
+    norms = between = exact = casts = widest = 0.0
+    for name, module in layer.named_modules():
+        path = name.rpartition(".")[2]
+        if "Norm" in type(module).__name__ and path != "norm":  # a delta net's own norm is counted with it
+            norms += {"q_norm": query, "k_norm": key}.get(path) or numel(module.weight)
+        elif path == "self_attn":
+            gated = getattr(getattr(module, "q_proj", None), "out_features", 0) == 2 * query
+            between += 2 * query + 2 * key + 3 * query * gated
+            exact += heads
+        elif path == "linear_attn":
+            more = _delta_net(module, fused)
+            between, exact, casts = between + more[0], exact + more[1], casts + more[2]
+        elif path == "down_proj" and hasattr(module, "in_features"):
+            between += 3 * module.in_features  # of gate_proj, its activation, of up_proj
+            widest = max(widest, module.in_features)
+        elif path == "shared_expert":
+            between += config.hidden_size  # before it is weighed
+    rows, routers, gradients = _routed(layer, config, adapted)
+    inputs = _linear_inputs(layer, adapted)
+    return LayerSize(
+        int(norms),
+        **inputs,
+        between=between + rows,
+        exact=exact + routers,
+        casts=casts,
+        gradients=max(2 * widest, gradients),
+    )
+
+
+def _linear_inputs(layer: torch.nn.Module, adapted: bool) -> dict[str, int]:
+    """Sum up the input widths of the linear layers with an adapter, or of all (without `adapted`)."""
+    counts, shared = {"entering": 0, "leaving": 0, "ranks": 0}, {}
+    for name, module in layer.named_modules():
+        block, _, path = name.rpartition(".")
+        if not hasattr(module, "in_features") or hasattr(module, "parameter_name"):  # experts: see _routed
+            continue
+        if adapted:
+            if not getattr(module, "lora_A", None):
+                continue
+            counts["ranks"] += sum(module.r.values())
+        if path in OUTPUTS:
+            counts["leaving"] += module.in_features
+        else:
+            counts["entering"] += module.in_features
+            shared[block] = module.in_features
+    return counts | {"shared": sum(shared.values())}
+
+
+def _routed(layer: torch.nn.Module, config: Any, adapted: bool) -> tuple[float, float, float]:
+    """Count what routed experts keep of a token: in the computing precision, in float32; and gradients at once.
+
+    k rows of a token pass the experts: two results of the first stack, the activation, the output; if the stacks or
+    adapters of them are trained also the input of both stacks. The router keeps its probabilities and 64-bit indices.
+    """
+    routed = next(iter(experts.routed_experts(layer).values()), None)
+    if routed is None:
+        return 0.0, 0.0, 0.0
+    wrapped = [m for n, m in layer.named_modules() if getattr(m, "parameter_name", None) and hasattr(m, "lora_A")]
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    k, hidden = experts.experts_per_token(config), config.hidden_size
+    rows = hidden + 3 * inner
+    if wrapped or not adapted:
+        rows += hidden + inner + sum(sum(module.r.values()) for module in wrapped)
+    return k * rows, routed.num_experts + 8 * k, k * (2 * hidden + inner)
+
+
+def _delta_net(net: torch.nn.Module, fused: bool) -> tuple[float, float, float]:
+    """Count what a gated delta net keeps of a token: in the computing precision, in float32, and copies of the latter.
+
+    With flash-linear-attention: input and output of the convolution, normalised query and key, a row of the inverted
+    chunk matrix, the output; and its norm's three tensors in float32. With torch's functions: all intermediate results,
+    by heads and chunks (`torch_chunk_gated_delta_rule` in transformers 5.23), and the states between chunks. These
+    functions pad each document to whole chunks, which is not counted.
+    """
+    heads, values = net.num_v_heads, net.value_dim
+    chunk = heads * CHUNK
+    convolution = 2 * (2 * net.key_dim + net.value_dim)
+    if fused:
+        return convolution + 2 * net.key_dim + chunk + 2 * values, 3 * values + 4 * heads, 0
+    states = heads * net.head_k_dim * net.head_v_dim / CHUNK
+    return (
+        convolution + 8 * values + 3 * chunk,
+        11 * values + 2 * chunk + states + 10 * heads,
+        1.5 * values + 2 * states,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The estimate
+
+
+def kept_bytes(
+    layer: LayerSize, mode: Mode, dtype: torch.dtype, dropout: float = 0.0, device: str = "cuda", stream: int = 0
+) -> float:
+    """Return the bytes that a layer keeps of one token between forward and backward pass.
+
+    Args:
+        layer: Its size.
+        mode: What is trained.
+        dtype: Computing precision.
+        dropout: Of the adapter. Each adapted layer then keeps an input and a mask of its own; a GPU's mask has 1 byte.
+        device: Kind of device.
+        stream: Bytes of an element between the layers (0: those of `dtype`). Autocast leaves float32 weights with
+            float32 there, and copies the input of each linear layer.
+    """
+    size = dtype.itemsize
+    stream = stream or size
+    if mode == Mode.FULL:  # a norm's weight needs its normalised input
+        norms = (4 + stream) * layer.norms
+        inputs = size * ((layer.entering if stream > size else layer.shared) + layer.leaving)
+    else:
+        norms = 4 * layer.norms
+        mask = 1 if device == "cuda" else size
+        inputs = size * (layer.shared + layer.leaving)
+        if dropout:
+            inputs = (size + mask) * (layer.entering + layer.leaving)
+    casts = size * layer.casts * (size < 4)
+    return norms + inputs + size * (layer.ranks + layer.between) + 4 * layer.exact + casts
+
+
+def estimate(
+    size: ModelSize,
+    engine: Engine,
+    mode: Mode,
+    devices: int,
+    tokens: int,
+    *,
+    supervised: int | None = None,
+    checkpointing: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    dropout: float = 0.05,
+    device: str = "cuda",
+    fused_head: bool = True,
+) -> MemoryParts:
+    """Estimate the bytes on one device for AdamW and the engines' configurations of this recipe.
+
+    * One process, DDP: what is trained, its gradients and two averages in float32; autocast's copies of it in `dtype`;
+      DDP's buckets, which hold all gradients once more.
+    * LoRA: the base in `dtype`. QLoRA: its linear layers in NF4, 0.516 bytes a weight, of which the scales (0.016) are
+      never sharded; one matrix at a time is dequantised.
+    * ZeRO: weights in `dtype`; a share of their float32 masters and averages, and of gradients in `dtype`. ZeRO-2: whole
+      weights, two buckets of hidden size squared. ZeRO-3: a share of all weights, at most 1e9 gathered elements, one
+      bucket. With QLoRA the 4-bit weights that a forward pass gathered stay until its backward pass ends, as
+      bitsandbytes refers to them (but not with reentrant checkpointing, which `engines` chooses there, or FSDP2).
+    * FSDP2: a share of everything, in float32 what is trained; two layers and the head gathered in `dtype`, with as much
+      for the gradients of what is trained.
+    * Offloading: gradients and optimizer, and shared weights, are in main memory.
+    * Checkpointing: the input of every layer, and what one layer keeps.
+    * Step: 4 bytes for each trained weight, and 4 for ZeRO's gradients in float32 (1e9 weights at a time). On a CPU,
+      torch takes one parameter after the other.
+
+    Args:
+        size: The model.
+        engine: The engine.
+        mode: What is trained.
+        devices: Processes, one on each device.
+        tokens: Tokens of a micro-batch on one device.
+        supervised: How many of them have a label (None: all).
+        checkpointing: Whether layers are computed again in the backward pass.
+        dtype: Computing precision.
+        dropout: Of the adapter.
+        device: "cuda" or "cpu".
+        fused_head: Whether `recipe.model.loss.HeadLoss` computes the loss; otherwise all logits exist.
+    """
+    full, config, bits = mode == Mode.FULL, size.config, dtype.itemsize
+    trained = size.base - size.tower if full else size.adapter
+    master = bits if engine.masters_apart else 4
+    linear = NF4 if mode == Mode.QLORA else bits
+    frozen = master * size.tower if full else linear * size.linear + bits * (size.base - size.linear)
+    scales = NF4_SCALES * size.linear * (mode == Mode.QLORA)
+    weights = frozen + master * trained
+    share = 1 / devices if engine.shards_optimizer else 1
+    here = 0 if engine.offloads else share
+    autocast = full and bits < 4 and not (engine.masters_apart or engine.shards_weights)
+    if device == "cpu":
+        step = 0.0
+    elif engine.masters_apart:
+        step = 0 if engine.offloads else 8 * min(trained * share, ZERO3_LIVE)
+    else:
+        step = 0 if engine.offloads else 4 * trained * share
+    positions = tokens if supervised is None else supervised
+    gathered, one_layer = _gathered(size, engine, mode, dtype, weights, trained, checkpointing)
+    kept = [kept_bytes(layer, mode, dtype, dropout, device, 4 if autocast else bits) for layer in size.layers]
+    stored = len(kept) * config.hidden_size * (4 if autocast else bits) if checkpointing else sum(kept)
+    computed = max(kept) * checkpointing + bits * max(layer.gradients for layer in size.layers)
+    head = _head_gradients(size, full, dtype, positions)
+    forward = MemoryParts(
+        weights=weights * (here if engine.shards_weights else 1) + scales,
+        gradients=master * trained * here,
+        optimizer=(12 if engine.masters_apart else 8) * trained * here,
+        gathered=gathered,
+        activations=tokens * stored,
+        logits=head + _logits(size, full, dtype, positions, device, fused_head),
+        step=step,
+    )
+    backward = replace(forward, gathered=one_layer, activations=tokens * (stored + computed), logits=head)
+    return max(forward, backward, key=lambda parts: parts.passes)
+
+
+def _gathered(
+    size: ModelSize, engine: Engine, mode: Mode, dtype: torch.dtype, weights: float, trained: int, checkpointing: bool
+) -> tuple[float, float]:
+    """Return the bytes of copies, gathered weights and buckets: in the forward pass, in the backward pass."""
+    full, bits, hidden = mode == Mode.FULL, dtype.itemsize, size.config.hidden_size
+    matrix = bits * size.largest * (mode == Mode.QLORA)
     if engine.deepspeed_stage == 2:
-        gathered = 2 * config.hidden_size**2 * size
-    elif engine.deepspeed_stage == 3:
-        held = NF4 * shape.linear * q_lora * (not checkpointing)
-        gathered = held + min(weights - held, ZERO3_LIVE * size) + config.hidden_size**2 * size
-    elif engine.shards_weights:  # FSDP2
-        layers = linear * shape.linear + size * (shape.other + shape.adapter * (not full))
-        gathered = (2 * layers / config.num_hidden_layers + size * shape.embedding) * (2 if full else 1)
-    else:  # rows are looked up in an embedding, which needs no copy of it
-        copied = trained - (shape.embedding if full and shape.head else 0)
-        gathered = size * copied * (size < 4) + 4 * trained * engine.copies_gradients
-
-    block = min(tokens if supervised is None else supervised, BLOCK["cuda"])
-    layer = activation_bytes(config, dtype, not full, dropout)
-    inputs = config.num_hidden_layers * config.hidden_size * size
-    return {
-        "weights": weights * (here if engine.shards_weights else 1) + scales,
-        "gradients": (size if zero else 4) * trained * here,
-        "optimizer": (12 if zero else 8) * trained * here,
-        "gathered": gathered + config.hidden_size * (getattr(config, "intermediate_size", None) or 0) * size * q_lora,
-        "activations": tokens * (inputs + layer if checkpointing else config.num_hidden_layers * layer),
-        "logits": block * config.vocab_size * (8 if size < 4 else 4) + 4 * shape.embedding * full,
-        "step": 0 if offload else 8 * min(trained * share, ZERO3_LIVE) if zero else 4 * trained * share,
-    }
+        return (2 * hidden**2 * bits + matrix,) * 2
+    if engine.deepspeed_stage == 3:
+        held = NF4 * size.linear * (mode == Mode.QLORA and not checkpointing)
+        return (held + min(weights - held, ZERO3_LIVE * bits) + hidden**2 * bits + matrix,) * 2
+    if engine.shards_weights:
+        linear = NF4 if mode == Mode.QLORA else bits
+        layers = linear * size.linear + bits * (size.other + size.adapter * (not full))
+        return ((2 * layers / len(size.layers) + bits * size.embedding) * (2 if full else 1) + matrix,) * 2
+    # Autocast's copies live until the forward pass ends, or until the backward pass of a layer that kept them. Rows are
+    # looked up in an embedding, which needs no copy of it.
+    copies = bits * (trained - (size.embedding if full and size.head else 0)) * (bits < 4)
+    buckets = 4 * trained * engine.copies_gradients
+    return copies + buckets + matrix, (copies / len(size.layers) if checkpointing else copies) + buckets + matrix
 
 
-def kept(parts):
-    """Bytes that stay from step to step (gradients between the micro-batches of one)."""
-    return parts["weights"] + parts["gradients"] + parts["optimizer"]
+def _logits(size: ModelSize, full: bool, dtype: torch.dtype, positions: int, device: str, fused_head: bool) -> float:
+    """Return the bytes of logits and their gradient."""
+    bits, vocabulary = dtype.itemsize, size.config.vocab_size
+    if not fused_head:  # the logits, and in float32 the logarithms of softmax and their gradient
+        return positions * vocabulary * (bits + 8)
+    block = min(positions, BLOCK.get(device, BLOCK["cuda"]))
+    exact = min(block, ROWS.get(device, block))
+    # A block adds to the gradient of a trained head what it has computed in `dtype`.
+    return vocabulary * (bits * block + 4 * exact * (bits < 4)) + bits * size.embedding * full
 
 
-def peak(parts):
-    """Bytes at the worst moment: at the end of a forward pass or, when the passes are done, in the optimizer's step."""
-    return kept(parts) + max(parts["gathered"] + parts["activations"] + parts["logits"], parts["step"])
+def _head_gradients(size: ModelSize, full: bool, dtype: torch.dtype, positions: int) -> float:
+    """Return the bytes of the gradients that the output head forms in the forward pass: of its input, of its weight."""
+    return positions * size.config.hidden_size * dtype.itemsize + 4 * size.embedding * full
 
 
-def free_memory(device):
-    """Free bytes on a GPU, or of main memory."""
+# ----------------------------------------------------------------------------------------------------------------------
+# What there is
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a GPU, or of main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # comes with accelerate
@@ -161,8 +428,38 @@ def free_memory(device):
     return psutil.virtual_memory().available
 
 
-def free_disk(folder):
-    """Free bytes where `folder` lies or will lie."""
+def used_memory() -> int:
+    """Return the bytes of main memory that this process has: weights, tokens, Python and its libraries."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def start_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, without what loading the model has needed."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # as `man proc` has it: reset the peak of the resident set
+    except OSError:  # not Linux, or not permitted
+        pass
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes since `start_peak`: of tensors on a GPU, or of main memory that this process has had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return used_memory()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_disk(folder: str) -> int:
+    """Return the free bytes of the disk that holds `folder`, or will hold it."""
     folder = os.path.abspath(folder)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)

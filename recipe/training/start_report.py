@@ -1,9 +1,12 @@
-"""What a run will do, said before it starts: each number with what it comes from."""
+"""Describe before the start what a training will do, each number with its formula; decide on gradient checkpointing."""
 
 import dataclasses
-import math
+from typing import Any
 
 import numpy as np
+import torch
+import transformers
+from transformers.utils.import_utils import is_flash_linear_attention_available
 
 from recipe import console
 from recipe.console import UserError, say
@@ -11,17 +14,19 @@ from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
 from recipe.model import adapter, experts, linear_attention
 from recipe.model.loading import outside_decoder
-from recipe.model.loss import BLOCK, obstacle_to_fusing
+from recipe.model.loss import obstacle_to_fusing
 from recipe.model.precision import dtype_name
 from recipe.training import memory
-from recipe.training.memory import GB, free_disk, free_memory
+from recipe.training.memory import GB, MemoryParts, free_disk, free_memory
 
 
-def describe(trainer, compute_dtype, lora_args):
-    """The block of lines printed before training.
+def describe(trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_args: Any) -> str:
+    """Return the block of lines that is printed before training.
 
-    Raises:
-        UserError: a checkpoint would not fit on the disk.
+    Args:
+        trainer: The RecipeTrainer that will train.
+        compute_dtype: Precision of the forward and backward pass.
+        lora_args: LoraArguments of finetune.py.
     """
     args, model = trainer.args, trainer.model
     facts = {
@@ -35,8 +40,8 @@ def describe(trainer, compute_dtype, lora_args):
     routed = _experts(trainer, lora_args.q_lora)
     if routed:
         facts["routed experts"] = routed
-    if trainer.args.world_size > 1:
-        facts["engine"] = f"{engines.engine_of(trainer.args).label}, {trainer.args.world_size} processes"
+    if args.world_size > 1:
+        facts["engine"] = f"{engines.engine_of(args).label}, {args.world_size} processes"
     if trainer.head is None:
         facts["loss"] = f"from whole logits, which takes more memory: {obstacle_to_fusing(model)}"
     for name, dataset in (trainer.eval_dataset or {}).items():
@@ -58,28 +63,28 @@ def _model(model, compute_dtype):
 
 def _trained(model, args, lora_args):
     trainable, total = parameters(model)
-    kind = "all weights, float32 masters"
+    what = "all weights, float32 masters"
     if args.use_lora:
         config = model.peft_config["default"]
         names = getattr(config, "target_modules", None) or []
         names = [names] if isinstance(names, str) else names
         adapted = {name.rsplit(".", 1)[-1] for name in names}
-        kind = f"LoRA, r {config.r}, alpha {config.lora_alpha}" if config.peft_type == "LORA" else config.peft_type
-        kind += f", on {', '.join(sorted(adapted))}" * bool(adapted)
+        what = f"LoRA, r {config.r}, alpha {config.lora_alpha}" if config.peft_type == "LORA" else config.peft_type
+        what += f", on {', '.join(sorted(adapted))}" * bool(adapted)
         gates = {part for name in adapter.gates(model) for part in name.split(".") if part in adapter.GATES - adapted}
         if gates:
-            kind += f" (not on the gates {', '.join(sorted(gates))}, which --lora_target_modules can name)"
+            what += f" (not on the gates {', '.join(sorted(gates))}, which --lora_target_modules can name)"
         taken = ", ".join(sorted({name.rpartition(".")[2] for name in adapter.taken_for_experts(model)}))
-        kind += f" (not on {taken}, which peft takes for routed experts)" * bool(taken)
-        kind += ", base in 4 bits (NF4)" * lora_args.q_lora
+        what += f" (not on {taken}, which peft takes for routed experts)" * bool(taken)
+        what += ", base in 4 bits (NF4)" * lora_args.q_lora
     base = model.get_base_model() if args.use_lora else model
     if outside_decoder(base):
-        kind += "; text only: images are left as they are"
-    return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {kind}"
+        what += "; text only: images are left as they are"
+    return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {what}"
 
 
 def _experts(trainer, q_lora):
-    """What becomes of the routed experts of a mixture, None for another model."""
+    """Return how the routed experts of a mixture are trained; None for another model."""
     model, config = trainer.model, trainer.model.config
     held = {name: part for name, part in model.named_parameters() if experts.is_routed_weight(name)}
     if not held:
@@ -104,91 +109,78 @@ def _experts(trainer, q_lora):
     return text + "; the load-balancing loss is left out, as the router is frozen" * bool(balancing)
 
 
-def parameters(model):
-    """(trainable, all) parameters of a model, wherever their parts are; 4-bit weights count as what they hold."""
+def parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Count the trainable parameters of a model and all of them; packed 4-bit weights count their original elements."""
     counts = [(p.requires_grad, weights.numel(p)) for p in model.parameters()]
     return sum(n for grad, n in counts if grad), sum(n for _, n in counts)
 
 
-def steps(trainer):
-    """(optimizer steps, steps an epoch, warm-up steps) as the Trainer will take them."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def refuse_no_batch(dataset: torch.utils.data.Dataset, args: Any) -> None:
+    """Refuse rows that make no batch at all.
+
+    Args:
+        dataset: Training rows.
+        args: TrainingArguments of finetune.py.
+    Raises:
+        UserError: With --dataloader_drop_last, the rows do not fill one batch of all ranks.
+    """
+    if args.dataloader_drop_last and len(dataset) < args.train_batch_size * args.world_size:
+        raise UserError(
+            f"--dataloader_drop_last True: {len(dataset)} rows do not fill one batch of {args.train_batch_size} rows "
+            f"on each of {args.world_size} ranks, so nothing would be trained; leave the flag out or lower "
+            "--per_device_train_batch_size."
+        )
+
+
+def steps(trainer: transformers.Trainer) -> tuple[int, int, int]:
+    """Return the optimizer steps of a training, of an epoch, and of the warm-up, as the Trainer counts them."""
     args = trainer.args
-    micro_batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
-    epoch = max(1, math.ceil(micro_batches / args.gradient_accumulation_steps))
-    total = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
+    _, epoch, *_, total = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     return total, epoch, args.get_warmup_steps(total)
 
 
 def _conversations(trainer):
-    """The SupervisedDataset, also where its conversations are packed."""
+    """Return the SupervisedDataset, also if its conversations are packed."""
     return getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
 
 
 def _steps(trainer):
     args, dataset = trainer.args, trainer.train_dataset
     total, epoch, warmup = steps(trainer)
-    text, kind = "", "rows"
+    text, rows = "", "rows"
     if isinstance(dataset, packing.PackedDataset):
-        kind, share = "packed rows", dataset.held / (len(dataset) * dataset.tokens)
+        rows, share = "packed rows", dataset.held / (len(dataset) * dataset.tokens)
         text = f"rows of up to {dataset.tokens:,} tokens, {share:.1%} full; about {len(dataset.dataset) / epoch:.1f} "
         text += "conversations an optimizer step; "
     text += (
-        f"{len(dataset):,} {kind} / ({args.train_batch_size} a device x {args.gradient_accumulation_steps} "
+        f"{len(dataset):,} {rows} / ({args.train_batch_size} a device x {args.gradient_accumulation_steps} "
         f"accumulated x {args.world_size} ranks) = {epoch:,} an epoch"
     )
+    if args.dataloader_drop_last:
+        text += ", without the incomplete last batch"
     text += "; " if args.max_steps > 0 else f" x {args.num_train_epochs:g} epochs = "
     text += f"{total:,} optimizer steps{' (--max_steps)' * (args.max_steps > 0)}"
-    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    text += f", {warmup:,} of them warm-up to a learning rate of {args.learning_rate:g}, then {kind}"
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    text += f", {warmup:,} of them warm-up to a learning rate of {args.learning_rate:g}, then {schedule}"
     return text + ("; few steps: the model may learn little, raise --num_train_epochs" if total < 50 else "")
 
 
-def _longest(trainer):
-    """Tokens of the largest micro-batch that may come."""
-    args, dataset = trainer.args, trainer.train_dataset
-    if isinstance(dataset, packing.PackedDataset):
-        return dataset.tokens * args.train_batch_size
-    lengths = np.minimum(np.sort(dataset.lengths)[-args.train_batch_size :], args.model_max_length)
-    return int(lengths.sum())
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
 
 
-def _engine(args):
-    """Return the engine for the estimate: on a CPU everything is in main memory, and offloading changes nothing."""
-    engine = engines.engine_of(args)
-    return dataclasses.replace(engine, offloads=False) if args.device.type == "cpu" else engine
-
-
-def _needed(trainer, compute_dtype, lora_args, checkpointing):
-    """Bytes that training takes at its peak on one device, by their parts (see memory.py)."""
-    args, dataset, longest = trainer.args, _conversations(trainer), _longest(trainer)
-    block = BLOCK.get(args.device.type, longest)
-    supervised = int(longest * dataset.supervised / max(dataset.tokens, 1))
-    supervised = min(supervised, block) if trainer.head is not None else 2 * supervised  # whole logits, in two copies
-    needed = memory.gpu_bytes(
-        memory.shape_of(trainer.model), _engine(args), engines.training_mode(args, lora_args), args.world_size, longest,
-        checkpointing, compute_dtype, supervised, lora_args.lora_dropout,
-    )  # fmt: skip
-    if args.device.type == "cpu":
-        needed["step"] = 0  # torch takes one parameter after the other there
-    return needed
-
-
-def _room(trainer):
-    """Bytes of one device for this process: what is free, and what the loaded weights have taken already."""
-    device = trainer.args.device
-    here = console.local_world_size() if device.type == "cpu" else 1  # processes that share it
-    return free_memory(device) // here + _loaded(trainer.model, device)
-
-
-def choose_checkpointing(trainer, compute_dtype, lora_args):
-    """Switch gradient checkpointing on where training would not fit without it. Every rank must call this."""
+def choose_checkpointing(trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_args: Any) -> None:
+    """Switch gradient checkpointing on if training would not fit without it. Every rank must call this."""
     from accelerate.utils import gather_object
 
-    args = trainer.args
-    fsdp_does_it = bool(args.fsdp) and bool(args.fsdp_config.get("activation_checkpointing"))
-    needed = memory.peak(_needed(trainer, compute_dtype, lora_args, checkpointing=False))
-    chosen = any(gather_object([needed > 0.9 * _room(trainer)])) and not fsdp_does_it
-    engines.set_checkpointing(args, chosen)
+    needed = estimate(trainer, compute_dtype, lora_args, checkpointing=False).peak
+    # A tenth stays free: allocators cannot use every gap, and libraries take memory of their own.
+    chosen = any(gather_object([needed > 0.9 * _room(trainer)])) and not _fsdp_checkpoints(trainer.args)
+    engines.set_checkpointing(trainer.args, chosen)
     if chosen:
         say(
             f"gradient checkpointing is on: without it training takes about {needed / GB:.1f} GB; "
@@ -196,60 +188,133 @@ def choose_checkpointing(trainer, compute_dtype, lora_args):
         )
 
 
-def _memory(trainer, compute_dtype, lora_args):
-    """Estimated peak of training on one device, by its parts, against what is free now (the weights being loaded)."""
-    args, engine = trainer.args, _engine(trainer.args)
-    needed = _needed(trainer, compute_dtype, lora_args, args.gradient_checkpointing)
-    parts = {name: f"{value / GB:.2f}" for name, value in needed.items()}
-    rows = min(args.train_batch_size, len(trainer.train_dataset))
-    total, loaded, free = memory.peak(needed), _loaded(trainer.model, args.device), free_memory(args.device)
-    text = (
-        f"about {total / GB:.2f} GB = weights {parts['weights']} + gradients and optimizer "
-        f"{(needed['gradients'] + needed['optimizer']) / GB:.2f}{_shared(engine, args.world_size)} + "
+def estimate(
+    trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_args: Any, checkpointing: bool
+) -> MemoryParts:
+    """Estimate what training takes on this process's device, for the largest micro-batch that may come."""
+    args, dataset, longest = trainer.args, _conversations(trainer), _longest(trainer)
+    cpu = args.device.type == "cpu"
+    engine = engines.engine_of(args)
+    if cpu:  # everything is in main memory, and offloading changes nothing
+        engine = dataclasses.replace(engine, offloads=False)
+    return memory.estimate(
+        memory.model_size(trainer.model, fused_delta_rule=not cpu and is_flash_linear_attention_available()),
+        engine,
+        engines.training_mode(args, lora_args),
+        args.world_size,
+        longest,
+        supervised=int(longest * dataset.supervised / max(dataset.tokens, 1)),
+        checkpointing=checkpointing,
+        dtype=compute_dtype,
+        dropout=lora_args.lora_dropout,
+        device=args.device.type,
+        fused_head=trainer.head is not None,
     )
-    passes = needed["gathered"] + needed["activations"] + needed["logits"]
-    if needed["step"] > passes:
-        text += f"{parts['step']} in the optimizer's step, more than "
-    if needed["gathered"] >= 0.005 * GB:
-        text += f"copies and buckets {parts['gathered']} + "
-    text += (
-        f"activations {parts['activations']} and logits {parts['logits']} of the {rows} longest rows "
-        f"({_longest(trainer):,} tokens{', each layer computed twice' * bool(args.gradient_checkpointing)}); "
-        f"{free / GB:.1f} GB free{' besides the weights' * bool(loaded)}"
-    )
-    if total > _room(trainer):
-        text += "; this may not fit: lower --per_device_train_batch_size or --model_max_length, "
-        text += "or train with --q_lora" if args.gradient_checkpointing else "or set --gradient_checkpointing True"
-    return text
+
+
+def _longest(trainer):
+    """Return the tokens of the largest micro-batch that may come, with padding."""
+    args, dataset, rows = trainer.args, trainer.train_dataset, trainer.args.train_batch_size
+    if isinstance(dataset, packing.PackedDataset):
+        return dataset.tokens * rows
+    kept = np.asarray(dataset.kept)
+    if args.padding_free:
+        return int(np.sort(np.asarray(dataset.sizes)[kept])[-rows:].sum())
+    longest = np.asarray(dataset.lengths)[kept].max()
+    return min(rows, len(dataset)) * int(min(longest, args.model_max_length))  # a longer one was cut
+
+
+def _fsdp_checkpoints(args):
+    """Return True if FSDP's configuration switches activation checkpointing on, which is the same by another name."""
+    return bool(args.fsdp) and bool(args.fsdp_config.get("activation_checkpointing"))
+
+
+def _room(trainer):
+    """Return the bytes of the device for this process: what is free, and what the loaded weights take already."""
+    device = trainer.args.device
+    here = console.local_world_size() if device.type == "cpu" else 1  # processes that share it
+    return free_memory(device) // here + _loaded(trainer.model, device)
 
 
 def _loaded(model, device):
-    """Bytes of the weights that are on the device already; ZeRO-3 may hold a part of each."""
+    """Return the bytes of the weights that are on the device already; ZeRO-3 may hold a part of each."""
     parts = (getattr(p, "ds_tensor", p) for p in model.parameters())
     return sum(p.numel() * p.element_size() for p in parts if p.device.type == device.type)
 
 
-def _shared(engine, gpus):
-    """Return which numbers of the estimate are a 1/world_size share, or are in main memory."""
+def _memory(trainer, compute_dtype, lora_args):
+    """Return the estimated peak on one device by its parts, and what is free: the same quantity as the log's memory_gb.
+
+    On a CPU that is the memory of the whole process, with Python and its libraries.
+    """
+    args = trainer.args
+    checkpointing = bool(args.gradient_checkpointing) or _fsdp_checkpoints(args)
+    needed = estimate(trainer, compute_dtype, lora_args, checkpointing)
+    loaded, libraries = _loaded(trainer.model, args.device), 0
+    if args.device.type == "cpu":
+        libraries = max(0, memory.used_memory() - loaded)
+    text = f"about {(libraries + needed.peak) / GB:.2f} GB = "
+    if libraries:
+        text += f"Python and its libraries {libraries / GB:.2f} + "
+    text += f"weights {needed.weights / GB:.2f} + gradients and optimizer "
+    text += f"{(needed.gradients + needed.optimizer) / GB:.2f}{_shared(engines.engine_of(args), args)} + "
+    if needed.step > needed.passes:
+        text += f"{needed.step / GB:.2f} in the optimizer's step, more than "
+    if needed.gathered >= 0.005 * GB:
+        text += f"copies and buckets {needed.gathered / GB:.2f} + "
+    rows = min(args.train_batch_size, len(trainer.train_dataset))
+    text += (
+        f"activations {needed.activations / GB:.2f} and logits {needed.logits / GB:.2f} of the {rows} longest rows "
+        f"({_longest(trainer):,} tokens{', each layer computed twice' * checkpointing}); "
+        f"{free_memory(args.device) / GB:.1f} GB free{' besides the weights' * bool(loaded)}"
+    )
+    if needed.peak > _room(trainer):
+        text += "; this may not fit: lower --per_device_train_batch_size or --model_max_length, "
+        text += "or train with --q_lora" if checkpointing else "or set --gradient_checkpointing True"
+    return text
+
+
+def _shared(engine, args):
+    """Return which numbers of the estimate are a share, or are in main memory."""
     if not engine.shards_optimizer:
         return ""
     parts = "weights, gradients and optimizer" if engine.shards_weights else "gradients and optimizer"
-    return f" ({parts} are in main memory)" if engine.offloads else f" (a share of 1/{gpus} of {parts})"
+    if engine.offloads and args.device.type != "cpu":
+        return f" ({parts} are in main memory)"
+    return f" (a share of 1/{args.world_size} of {parts})"
 
 
-def _disk(trainer, compute_dtype):
+# ----------------------------------------------------------------------------------------------------------------------
+# Disk
+
+
+def refuse_full_disk(trainer: transformers.Trainer, compute_dtype: torch.dtype) -> None:
+    """Refuse to train if a checkpoint would not fit on the disk of --output_dir.
+
+    Raises:
+        UserError: What a checkpoint takes, and what is free.
+    """
     args = trainer.args
-    trainable, _ = parameters(trainer.model)
-    # float32 weights, the two averages of AdamW, and what the engine adds
-    size = trainable * (4 + 8 + engines.engine_of(args).extra_checkpoint_bytes(compute_dtype))
-    free = free_disk(args.output_dir)
-    if args.save_strategy == "no":
-        size = trainable * 4  # the trained weights at the end
+    size, free = _checkpoint_bytes(trainer, compute_dtype), free_disk(args.output_dir)
     if size > free:
         raise UserError(
             f"--output_dir {args.output_dir}: a checkpoint takes about {size / GB:.1f} GB and {free / GB:.1f} GB are "
             "free; choose another disk."
         )
+
+
+def _checkpoint_bytes(trainer, compute_dtype):
+    """Return the bytes of a checkpoint; without checkpoints, those of the trained weights at the end."""
+    trainable, _ = parameters(trainer.model)
+    if trainer.args.save_strategy == "no":
+        return trainable * 4
+    # float32 weights, the two averages of AdamW, and what the engine adds
+    return trainable * (4 + 8 + engines.engine_of(trainer.args).extra_checkpoint_bytes(compute_dtype))
+
+
+def _disk(trainer, compute_dtype):
+    args = trainer.args
+    size, free = _checkpoint_bytes(trainer, compute_dtype), free_disk(args.output_dir)
     kept = f"at most {args.save_total_limit} are kept" if args.save_total_limit else "all are kept"
     if args.save_strategy == "no":
         kept = "none is written (--save_strategy no)"

@@ -1,85 +1,103 @@
-"""How fast a training is while it runs: tokens a second, padding, memory, time left, and the share of a GPU's peak."""
+"""Measure a training while it runs: tokens a second, padding, memory, time left, and the share of a GPU's peak."""
 
 import time
+from typing import Any
 
 import torch
 import transformers
 
 from recipe.distributed import weights
+from recipe.model import experts
+from recipe.training import memory
 
-# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12, "RTX 4090": 165e12}
+# Dense bfloat16 peak (without sparsity) in FLOP/s of one GPU, by the name that torch.cuda.get_device_name() returns.
+# From NVIDIA's data sheets, November 2026; a card of the same chip with another name may be slower and is left out.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM5
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,  # SXM5
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
 
 
 class Throughput(transformers.TrainerCallback):
-    """Counts what micro-batches hold and the time of optimizer steps; evaluation and saving are not counted.
+    """Count what micro-batches hold and the time of optimizer steps, without evaluation and saving.
 
     `entry()` gives, since the last call and over all processes: tokens_per_second, supervised_tokens_per_second,
-    padding (share of computed positions), memory_gb (peak of this process), minutes_left, and on known GPUs mfu, the
-    share of the peak that the model's own operations take (Megatron's count: what gradient checkpointing repeats is
-    left out).
+    padding (share of computed positions that hold no token), memory_gb (peak of this process since training began, see
+    `memory.peak_memory`), minutes_left, and on known GPUs mfu, the share of the peak that the model's own operations
+    take (as Megatron counts them, arXiv 2205.05198: what gradient checkpointing computes again is left out).
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: transformers.Trainer):
         self.trainer = trainer
-        self.counts, self.flops = (0, 0, 0), _flops(trainer.model)  # positions, tokens, supervised
+        self.counts, self.flops = (0, 0, 0), flops_per_token(trainer.model)  # positions, tokens, supervised
         self.seconds, self.steps, self.mark = 0.0, 0, None
 
-    def add(self, batch, supervised):
-        """Count a micro-batch of `batches.Collator`; nothing waits for the device."""
+    def add(self, batch: dict[str, Any], supervised: torch.Tensor) -> None:
+        """Count a micro-batch of `Collator` with this number of supervised tokens; nothing waits for the device."""
         positions = batch["input_ids"].numel()
         mask = batch.get("attention_mask")
         counts = positions, positions - batch.get("padding_tokens", 0) if mask is None else mask.sum(), supervised
         self.counts = tuple(a + b for a, b in zip(self.counts, counts, strict=True))
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        memory.start_peak(args.device)
         self.mark = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         self.seconds += now - self.mark
         self.steps += 1
         self.mark = now
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.mark = time.perf_counter()
 
     on_save = on_evaluate
 
-    def entry(self):
-        """The figures since the last call. Every rank must call it; {} before the first step."""
+    def entry(self) -> dict[str, float]:
+        """Return the figures since the last call, {} before the first step. Every rank must call this."""
         if not self.steps:
             return {}
         args, state = self.trainer.args, self.trainer.state
         sums = torch.tensor([int(count) for count in self.counts], dtype=torch.float64, device=args.device)
         positions, tokens, supervised = self.trainer.accelerator.reduce(sums).tolist()
-        peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else _resident()
         figures = {
             "tokens_per_second": round(tokens / self.seconds, 1),
             "supervised_tokens_per_second": round(supervised / self.seconds, 1),
             "padding": round(1 - tokens / positions, 3),
-            "memory_gb": round(peak / 1e9, 2),
+            "memory_gb": round(memory.peak_memory(args.device) / 1e9, 2),
             "minutes_left": round((state.max_steps - state.global_step) * self.seconds / self.steps / 60, 1),
         }
-        name = torch.cuda.get_device_name() if args.device.type == "cuda" else ""
-        for gpu, flops in PEAK.items():
-            if gpu in name:
-                figures["mfu"] = round(tokens * self.flops / self.seconds / args.world_size / flops, 3)
+        peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if args.device.type == "cuda" else None
+        if peak:
+            figures["mfu"] = round(tokens * self.flops / self.seconds / args.world_size / peak, 3)
         self.counts, self.seconds, self.steps = (0, 0, 0), 0.0, 0
         return figures
 
 
-def _flops(model):
-    """Floating-point operations of one token, forward and backward: 6 a trained parameter, 4 a frozen one.
+def flops_per_token(model: torch.nn.Module) -> float:
+    """Count the floating-point operations of one token, forward and backward: 6 a trained weight, 4 a frozen one.
 
-    Embeddings are looked up and do not count; a head that is tied to them does, for the positions that reach it, and is
-    left out here as most do not. Attention is left out, too: it is small for documents of a few thousand tokens.
+    A token passes k of E routed experts, so theirs count k / E. Embeddings are looked up and do not count. The output
+    head counts only for supervised positions, and attention little for documents of a few thousand tokens; both are
+    left out, as is all that is outside of the decoder.
     """
-    body = [(name, p) for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name]
-    return sum((6 if p.requires_grad else 4) * weights.numel(p) for _, p in body)
-
-
-def _resident():
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    routed = next(iter(experts.routed_experts(base).values()), None)
+    share = experts.experts_per_token(base.config) / routed.num_experts if routed is not None else 1
+    total = 0.0
+    for name, parameter in base.get_decoder().named_parameters():
+        if "embed" not in name:
+            operations = (6 if parameter.requires_grad else 4) * weights.numel(parameter)
+            total += operations * (share if ".experts." in name else 1)
+    return total

@@ -12,7 +12,6 @@ from recipe.console import UserError
 from recipe.dataset.collator import Collator
 from recipe.dataset.packing import PackedDataset
 from recipe.model import attention
-from recipe.training import start_report
 
 
 class Rows(torch.utils.data.Dataset):
@@ -163,39 +162,6 @@ def test_compiled_layers_change_no_loss_and_no_name(tiny_model, tmp_path):
     for plain, compiled in zip(losses["False"], losses["True"], strict=True):
         assert compiled == pytest.approx(plain, rel=1e-4)
     finetune.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "True")
-
-
-@pytest.mark.parametrize(
-    "room, more, chosen",
-    [(1.0, [], True), (1.2, [], False), (0.5, ["--gradient_checkpointing", "False"], False),
-     (1.2, ["--gradient_checkpointing", "True"], True)],
-)  # fmt: skip
-def test_layers_are_computed_twice_where_they_would_not_fit_otherwise_or_as_the_user_says(
-    tiny_model, tmp_path, monkeypatch, capsys, room, more, chosen
-):
-    peaks, needed, compute_loss = [], start_report._needed, finetune.RecipeTrainer.compute_loss
-
-    def remembering(*args, **kwargs):
-        parts = needed(*args, **kwargs)
-        peaks.append(start_report.memory.peak(parts))  # the first is the one without checkpointing, where that is open
-        return parts
-
-    really = []
-    monkeypatch.setattr(start_report, "_needed", remembering)
-    monkeypatch.setattr(start_report, "_room", lambda trainer: room * peaks[0])
-    monkeypatch.setattr(
-        finetune.RecipeTrainer,
-        "compute_loss",
-        lambda self, *rest, **options: (
-            really.append(self.model.is_gradient_checkpointing) or compute_loss(self, *rest, **options)
-        ),
-    )
-    data = write(tmp_path / "rows.jsonl", UNEVEN_ROWS)
-    finetune.train(argv(tiny_model, data, tmp_path / "out", "--max_steps", 1, *more))
-    told = capsys.readouterr().out
-    assert really == [chosen] and ("each layer computed twice" in told) == chosen
-    assert ("gradient checkpointing is on: without it" in told) == (chosen and not more)
-    assert chosen is False or more or peaks[1] < peaks[0]
 
 
 def test_a_gpu_takes_a_row_in_one_call_that_equals_one_call_for_each_document():

@@ -17,7 +17,6 @@ from recipe.console import UserError
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import ChatEncoder
 from recipe.model import loading
-from recipe.training import start_report
 
 
 @pytest.fixture
@@ -225,16 +224,6 @@ def test_the_block_counts_rows_tokens_and_parameters(tiny_model, tmp_path, capsy
     lora = 2 * 2 * ((64 + 64) + (64 + 32) + (64 + 32) + (64 + 64) + (64 + 128) + (64 + 128) + (128 + 64))
     assert f"trained: {lora:,} of" in said
     assert "attention packed, computed in float32" in said and "GB free" in said
-
-
-def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_before_training(tiny_model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(start_report, "free_disk", lambda folder: 1000)
-    with pytest.raises(UserError, match="checkpoint takes about .* are free"):
-        finetune.train(argv(tiny_model, rows, tmp_path / "out"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
 
 
 def test_rope_scaling_stretches_the_window_and_is_saved(tiny_model, rows, tmp_path):
