@@ -1,10 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "deepspeed==0.19.8",
+#   "bitsandbytes==0.50.2", "datasets==5.2.0", "gguf==0.19.0", "matplotlib==3.11.2",
+# ]
+# ///
 """Fine-tune a chat model on a file of conversations: full, LoRA or 4-bit QLoRA, on a CPU, a GPU or many.
 
     python finetune.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --data_path data/train.jsonl --use_lora
     torchrun --nproc_per_node 2 finetune.py run.yaml --learning_rate 1e-4
 
-Reads top to bottom in the order the data flows: arguments, datasets, model and adapter, saving, train(). The loss,
-evaluation and what a save does are in trainer.py.
+Reads top to bottom in the order the data flows: arguments, datasets, model and adapter, saving, run().
 """
 
 import gc
@@ -85,7 +91,7 @@ class DataArguments:
         "What to do with a record that cannot be read: error, or skip, which counts and lists them.")
     thinking: Literal[encoding.THINKING] = flag("auto",
         "Thoughts (reasoning_content, <think>): auto and keep train them, strip and empty remove them. A turn "
-        "without one follows the prompt of enable_thinking=False (auto, empty) or the default one (keep, strip).")
+        "without one follows the prompt of enable_thinking=False (auto, empty) or the template's own (keep, strip).")
     preview: int = flag(0, "Print this number of conversations, supervised tokens marked, and stop.", at_least=0)
     validate_only: bool = flag(False, "Check all flags, files and conversations without loading the weights, and stop.")
     dump_tokens: str | None = flag(None, "File to write ids and labels to, as JSON Lines, and stop.")
@@ -126,9 +132,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.fp16 and self.bf16:
             raise ValueError("--fp16 and --bf16 exclude each other; give one of them.")
-        self.remove_unused_columns = False  # batches hold what the loss needs
+        self.remove_unused_columns, self.label_names = False, ["labels"]  # batches hold what the loss needs
         self.prediction_loss_only = True  # evaluation keeps no logits in memory
-        self.label_names = ["labels"]
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         precision.choose_precision(self, checkpoints.recorded_precision(self.resume_from_checkpoint, self.output_dir))
         if self.ddp_find_unused_parameters is None:
@@ -202,9 +207,8 @@ class SupervisedDataset(Dataset):
         self.tokeniser = tokenised.Tokeniser(conversations, encoder, max_length, overlong, on_bad_row)
         figures = self._prepare()
         self.kept, self.lengths, self.sizes = figures.kept, figures.lengths, figures.sizes
-        self.dropped, self.problems = figures.dropped, figures.problems
-        self.notes, self.unused = figures.notes, figures.unused
-        self.tokens, self.supervised = figures.tokens, figures.supervised
+        self.dropped, self.problems, self.notes = figures.dropped, figures.problems, figures.notes
+        self.unused, self.tokens, self.supervised = figures.unused, figures.tokens, figures.supervised
         self.examined = len(self.lengths)
         if not len(self):
             raise UserError(f"no row is left to use: {figures.reasons(max_length)}")
@@ -446,8 +450,7 @@ def run(
     if report.inspect(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})}):
         return {}
     if data_args.pack_tokens:
-        seed = None if training_args.train_sampling_strategy == "sequential" else training_args.seed
-        train_dataset = packing.PackedDataset(train_dataset, data_args.pack_tokens, seed, training_args.torch_compile)
+        train_dataset = packing.packed(train_dataset, data_args.pack_tokens, training_args)
     start_report.refuse_no_batch(train_dataset, training_args)
     compute_dtype = precision.compute_dtype(training_args)
     model = load_model(config, model_args, training_args, lora_args, compute_dtype)
@@ -457,10 +460,8 @@ def run(
         model = add_adapter(model, training_args, lora_args)
     if training_args.torch_compile:
         loading.compile_layers(model, training_args)  # with the adapter in the layers
-    questions, metric = [], None
-    if data_args.eval_generate:
-        questions = answers.held_out_questions(eval_dataset, data_args.eval_generate, encoder)
-        metric = answers.load_metric(data_args.metric) if data_args.metric else None
+    questions = answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder)
+    metric = answers.load_metric(data_args.metric) if data_args.metric else None
     trainer = RecipeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, data_collator=Collator(training_args.padding_free),

@@ -16,8 +16,7 @@ from transformers import Qwen2Config, Qwen3_5Config, Qwen3_5MoeConfig, Qwen3Conf
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from recipe.distributed.engines import ENGINES, Mode  # noqa: E402
-from recipe.training.memory import GB, ModelSize, estimate, model_size  # noqa: E402
+from recipe.training.memory import ModelSize, model_size  # noqa: E402
 
 
 def qwen2(hidden, layers, inner, heads, groups, vocabulary, tied=False):
@@ -36,7 +35,9 @@ def qwen3_5(hidden, layers, inner, heads, groups, value_heads, tower, tied=False
     )  # fmt: skip
     vision = dict(hidden_size=width, depth=depth, intermediate_size=4 * width, num_heads=width // 64)
     vision = {**vision, "intermediate_size": 4304, "num_heads": 16} if width == 1152 else vision
-    return Qwen3_5Config(text_config=text, vision_config={**vision, "out_hidden_size": hidden}, tie_word_embeddings=tied)
+    return Qwen3_5Config(
+        text_config=text, vision_config={**vision, "out_hidden_size": hidden}, tie_word_embeddings=tied
+    )
 
 
 # From the config.json of each model; what is left out is the default of transformers' class.
@@ -75,7 +76,15 @@ def size_of(name: str, rank: int = 64) -> ModelSize:
     return model_size(model, fused_delta_rule=True)
 
 
-if __name__=="__main__":
+if __name__ == "__main__":
     import time
+
     for n in CONFIGS:
-        t=time.time(); s=size_of(n); print(n, f"{s.base/1e9:.3f} tower {s.tower/1e9:.3f} adapter {s.adapter/1e6:.1f}M linear {s.linear/1e9:.3f} largest {s.largest/1e6:.0f}M {time.time()-t:.1f}s", s.layers[0], flush=True)
+        t = time.time()
+        s = size_of(n)
+        print(
+            n,
+            f"{s.base / 1e9:.3f} tower {s.tower / 1e9:.3f} adapter {s.adapter / 1e6:.1f}M linear {s.linear / 1e9:.3f} largest {s.largest / 1e6:.0f}M {time.time() - t:.1f}s",
+            s.layers[0],
+            flush=True,
+        )

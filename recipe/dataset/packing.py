@@ -79,6 +79,12 @@ def padding_document(tokens: int) -> Document:
     return {"input_ids": [0] * tokens, "labels": [IGNORE_INDEX] * tokens, "turns": [], "padding": True}
 
 
+def packed(dataset: Any, tokens: int, args: Any) -> PackedDataset:
+    """Pack a dataset in the order and to the shape that TrainingArguments ask for."""
+    seed = None if args.train_sampling_strategy == "sequential" else args.seed
+    return PackedDataset(dataset, tokens, seed, args.torch_compile)
+
+
 class EpochSampler(torch.utils.data.Sampler[int]):
     """The rows of an epoch, followed by those that fill it up to whole batches (see `PaddedToBatch`).
 

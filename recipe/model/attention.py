@@ -10,8 +10,10 @@ implementations know, also when a checkpointed layer is computed again.
 
 import importlib.util
 import inspect
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
@@ -28,10 +30,11 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, scaling=None, dropout=0.0,
-    **options,
-):  # fmt: skip
-    """Attention of one layer, as transformers' attention interface asks for it.
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, scaling: float | None = None,
+    dropout: float = 0.0, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Compute the attention of one layer, as transformers' attention interface requires.
 
     Args:
         query: [B, H, T, D]; key, value: [B, Hkv, S, D] with H a multiple of Hkv.
@@ -57,7 +60,9 @@ def packed_attention(
 
 
 @torch.compiler.disable  # rows differ in their documents, and each would be compiled anew
-def _per_document(query, key, value, ends, scaling, dropout):
+def _per_document(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scaling: float | None, dropout: float
+) -> Tensor:
     """One call for each document; [1, H, T, D] to [1, T, H, D]."""
     lengths = ends.diff().tolist()
     parts = [states.split(lengths, dim=2) for states in (query, key, value)]
@@ -66,8 +71,10 @@ def _per_document(query, key, value, ends, scaling, dropout):
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
-def packed_mask(*args, attention_mask=None, q_length, kv_length, **options):
-    """The mask for `packed_attention`: none where a whole causal row is computed, else that of sdpa."""
+def packed_mask(
+    *args: Any, attention_mask: Tensor | None = None, q_length: int, kv_length: int, **options: Any
+) -> Tensor | None:
+    """Return the mask for `packed_attention`: None where a whole causal row is computed, else that of sdpa."""
     if attention_mask is None and q_length == kv_length:
         return None
     from transformers.masking_utils import sdpa_mask
@@ -109,7 +116,7 @@ def choose(config: PreTrainedConfig) -> str:
     return "flash_attention_2" if flash else "auto"
 
 
-def register():
+def register() -> None:
     """Make PACKED known to transformers; further calls change nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
 

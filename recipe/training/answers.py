@@ -76,8 +76,8 @@ def questions(
 def held_out_questions(datasets: Mapping[str, Any], count: int, encoder: ChatEncoder) -> list[Question]:
     """Make questions of the first `count` conversations that the evaluation datasets use, in their order."""
     used = (dataset.conversations[number] for dataset in datasets.values() for number in dataset.kept)
-    longest = min(dataset.max_length for dataset in datasets.values())
-    return questions(list(itertools.islice(used, count)), encoder, longest)
+    longest = min((dataset.max_length for dataset in datasets.values()), default=None)
+    return questions(list(itertools.islice(used, count)), encoder, longest) if count else []
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ class SelfChecks(transformers.TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer, self.done = trainer, False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         self.done = False
         engines.assert_engine_runs(trainer)
@@ -110,11 +110,11 @@ class SelfChecks(transformers.TrainerCallback):
     def _arrives(self, number, gradient):
         self.arrived[number] += torch.stack([~gradient.isfinite().all(), gradient.any(), gradient.new_ones(()).bool()])
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self.done and self.keeps_gradients:
             self._refuse({name: _fault(p.grad) for name, p in model.named_parameters() if p.requires_grad}, args)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self.done and not self.keeps_gradients:
             for hook in self.hooks:
                 hook.remove()

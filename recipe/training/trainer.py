@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import CONFIG_NAME
 
 from recipe.console import UserError
@@ -77,7 +79,13 @@ class RecipeTrainer(transformers.Trainer):
         self.add_callback(checks.SelfChecks(self))
         self.add_callback(self.throughput)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict]:
         """Summed cross entropy of the supervised tokens / their number in the optimizer step (None: in the batch)."""
         evaluating = self._file_sums is not None
         smoothing = 0.0 if evaluating else self.args.label_smoothing_factor
@@ -93,7 +101,7 @@ class RecipeTrainer(transformers.Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is their sum
         return (loss, {}) if return_outputs else loss
 
-    def floating_point_ops(self, inputs):
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer would walk through all parameters for each micro-batch; see throughput.py
 
     # Rows
@@ -124,12 +132,16 @@ class RecipeTrainer(transformers.Trainer):
 
     # Evaluation
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def evaluation_loop(self, dataloader, description, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         self._file_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
             output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -140,7 +152,9 @@ class RecipeTrainer(transformers.Trainer):
         self._eval_sums = self._eval_sums + sums if self._eval_sums is not None else sums
         return output
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Return the token-weighted loss over all evaluation files, `eval_loss`, and of each, `eval_NAME_loss`."""
         if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # the Trainer does so for each file
@@ -207,7 +221,7 @@ class RecipeTrainer(transformers.Trainer):
 
     # The log
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._refuse_infinite(logs)
         if "loss" in logs:
             logs |= self.throughput.entry()
@@ -225,7 +239,7 @@ class RecipeTrainer(transformers.Trainer):
 
     # Saving
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.save(self, output_dir or self.args.output_dir, None)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()

@@ -71,7 +71,9 @@ def test_one_step_over_packed_rows_is_that_of_plain_torch(
     monkeypatch,
 ):
     # Rows are as long as for compiled layers, which are tested further down.
-    monkeypatch.setattr(finetune, "compile_layers", lambda model, args: setattr(args, "torch_compile_backend", None))
+    monkeypatch.setattr(
+        finetune.loading, "compile_layers", lambda model, args: setattr(args, "torch_compile_backend", None)
+    )
     data = write(tmp_path / "rows.jsonl", UNEVEN_ROWS)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     expected_loss, expected_gradients = reference(plain, documents)

@@ -10,17 +10,17 @@ import weakref
 import pytest
 import torch
 import transformers
+from families import family
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from training.memory_of_ranks import storages
 
 import finetune
 from benchmarks import memory_table
-from families import family
-from helpers import DOCUMENTS, ROOT, argv, write
+from helpers import ROOT, argv, write
 from recipe.distributed.engines import ENGINES, ONE_PROCESS, Mode
 from recipe.model import loss
 from recipe.training import memory, start_report
-from training.memory_of_ranks import storages
 
 COMMON = dict(
     vocab_size=1024, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
@@ -187,8 +187,12 @@ def test_activations_are_what_autograd_saves(micro_batch, name, mode, dropout, b
     dtype, stream = (torch.bfloat16 if trainer.args.bf16 else torch.float32), 4 * (mode == Mode.FULL)
     layers = memory.model_size(trainer.model).layers
     of_layers = sum(memory.kept_bytes(layer, mode, dtype, dropout or 0.0, "cpu", stream) for layer in layers)
-    hidden = batch["logits_to_keep"].numel() * COMMON["hidden_size"] * dtype.itemsize  # the gradient of the head's input
-    assert batch["input_ids"].numel() * of_layers + hidden == pytest.approx(saved_for_backward(trainer, batch), rel=0.12)
+    hidden = (
+        batch["logits_to_keep"].numel() * COMMON["hidden_size"] * dtype.itemsize
+    )  # the gradient of the head's input
+    assert batch["input_ids"].numel() * of_layers + hidden == pytest.approx(
+        saved_for_backward(trainer, batch), rel=0.12
+    )
 
 
 @pytest.mark.parametrize("bf16", ["False", "True"])
