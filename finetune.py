@@ -460,12 +460,12 @@ def run(
         model = add_adapter(model, training_args, lora_args)
     if training_args.torch_compile:
         loading.compile_layers(model, training_args)  # with the adapter in the layers
-    questions = answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder)
-    metric = answers.load_metric(data_args.metric) if data_args.metric else None
     trainer = RecipeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, data_collator=Collator(training_args.padding_free),
-        save=safe_save_model_for_hf_trainer, record=record, questions=questions, metric=metric, stop_id=encoder.stop_id,
+        save=safe_save_model_for_hf_trainer, record=record, stop_id=encoder.stop_id,
+        questions=answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder),
+        metric=answers.load_metric(data_args.metric) if data_args.metric else None,
     )  # fmt: skip
     if training_args.gradient_checkpointing is None:
         start_report.choose_checkpointing(trainer, compute_dtype, lora_args)
