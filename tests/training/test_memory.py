@@ -10,17 +10,17 @@ import weakref
 import pytest
 import torch
 import transformers
+from families import family
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from training.memory_of_ranks import storages
 
 import finetune
 from benchmarks import memory_table
-from families import family
-from helpers import DOCUMENTS, ROOT, argv, write
+from helpers import ROOT, argv, write
 from recipe.distributed.engines import ENGINES, ONE_PROCESS, Mode
 from recipe.model import loss
 from recipe.training import memory, start_report
-from training.memory_of_ranks import storages
 
 COMMON = dict(
     vocab_size=1024, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
@@ -187,8 +187,12 @@ def test_activations_are_what_autograd_saves(micro_batch, name, mode, dropout, b
     dtype, stream = (torch.bfloat16 if trainer.args.bf16 else torch.float32), 4 * (mode == Mode.FULL)
     layers = memory.model_size(trainer.model).layers
     of_layers = sum(memory.kept_bytes(layer, mode, dtype, dropout or 0.0, "cpu", stream) for layer in layers)
-    hidden = batch["logits_to_keep"].numel() * COMMON["hidden_size"] * dtype.itemsize  # the gradient of the head's input
-    assert batch["input_ids"].numel() * of_layers + hidden == pytest.approx(saved_for_backward(trainer, batch), rel=0.12)
+    hidden = (
+        batch["logits_to_keep"].numel() * COMMON["hidden_size"] * dtype.itemsize
+    )  # the gradient of the head's input
+    assert batch["input_ids"].numel() * of_layers + hidden == pytest.approx(
+        saved_for_backward(trainer, batch), rel=0.12
+    )
 
 
 @pytest.mark.parametrize("bf16", ["False", "True"])
@@ -312,3 +316,39 @@ def test_a_rank_holds_what_is_estimated(label, small_tokenizer, tmp_path, prepar
             zero = results[mode]["zero"]
             assert zero["bucket"] == 256**2 and (zero["live"], zero["group"]) == (memory.ZERO3_LIVE,) * 2
             assert zero["overlap"]  # which takes two buckets
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_known_totals():
+    """Full training takes 16 bytes a parameter, and 4 more in the step; QLoRA 0.516 for a weight of a linear layer."""
+    size = memory_table.size_of("Qwen2.5-3B")
+    full = memory.estimate(size, ONE_PROCESS, Mode.FULL, 1, 1)
+    assert full.kept == 16 * size.base and full.peak == 20 * size.base
+    packed = memory.estimate(size, ONE_PROCESS, Mode.QLORA, 1, 1).weights - 2 * (size.base - size.linear)
+    assert (packed - 4 * size.adapter) / size.linear == pytest.approx(0.516, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", memory_table.PUBLISHED)
+def test_the_estimate_is_near_published_figures(name):
+    assert memory_table.beside_published(name) == pytest.approx(memory_table.PUBLISHED[name], rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_documents_have_the_tables_that_the_program_prints():
+    printed = [
+        subprocess.run(
+            [sys.executable, ROOT / "benchmarks" / "memory_table.py", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for words in ([], ["published"])
+    ]
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert printed[0] in text and printed[1] in text
+    readme = (ROOT / "README.md").read_text().partition("**How large a model fits**")[2].partition("## Speed")[0]
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    assert set(rows) <= set(printed[0].splitlines()) and any("Qwen3.6-27B" in row for row in rows)

@@ -12,7 +12,6 @@ from helpers import ROOT, ROWS, UNEVEN_ROWS, argv, history, write
 from recipe.console import UserError
 from recipe.training import start_report
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
 
@@ -46,7 +45,9 @@ def test_the_announced_steps_are_those_of_the_trainer(tiny_model, tmp_path, caps
 def test_rows_that_fill_no_batch_are_refused_before_the_model_loads(tiny_copy, tmp_path):
     (tiny_copy / "model.safetensors").unlink()
     data = write(tmp_path / "rows.jsonl", ROWS)
-    words = argv(tiny_copy, data, tmp_path / "out", "--per_device_train_batch_size", 9, "--dataloader_drop_last", "True")
+    words = argv(
+        tiny_copy, data, tmp_path / "out", "--per_device_train_batch_size", 9, "--dataloader_drop_last", "True"
+    )
     with pytest.raises(UserError, match="8 rows do not fill one batch of 9 rows on each of 1 ranks"):
         finetune.train(words)
 
@@ -57,13 +58,13 @@ def test_rows_that_fill_no_batch_are_refused_before_the_model_loads(tiny_copy, t
 
 def test_the_largest_micro_batch_is_of_rows_in_use(tiny_model, tmp_path, prepared):
     """Rows that are dropped do not count, and all documents of a conversation do."""
-    rows = [*UNEVEN_ROWS, {"prompt": "a", "completion": "word " * 400}]
+    rows = [*UNEVEN_ROWS, {"prompt": "a", "completion": "word " * 1500}]
     data = write(tmp_path / "rows.jsonl", rows)
-    trainer = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 128))
+    trainer = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 512))
     sizes = sorted(sum(len(d["input_ids"]) for d in trainer.train_dataset[i]) for i in range(len(UNEVEN_ROWS)))
     assert len(trainer.train_dataset) == len(UNEVEN_ROWS)
     assert start_report._longest(trainer) == sum(sizes[-4:])
-    padded = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 128, "--padding_free", "False"))
+    padded = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 512, "--padding_free", "False"))
     assert start_report._longest(padded) == 4 * sizes[-1]
 
 
@@ -102,7 +103,9 @@ def test_layers_are_computed_twice_if_they_would_not_fit_otherwise_or_as_the_use
     assert ("this may not fit" in printed) == (room < 1)
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_before_training(tiny_model, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_before_training(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(start_report, "free_disk", lambda folder: 1000)
     words = argv(tiny_model, write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out", "--save_strategy", "epoch")
     with pytest.raises(UserError, match="a checkpoint takes about .* GB and 0.0 GB are free; choose another disk"):
@@ -112,7 +115,9 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_before_training(t
 
 @pytest.mark.slow
 @pytest.mark.timing
-@pytest.mark.parametrize("more", [["--use_lora"], ["--use_lora", "--gradient_checkpointing", "True"]], ids=["plain", "twice"])
+@pytest.mark.parametrize(
+    "more", [["--use_lora"], ["--use_lora", "--gradient_checkpointing", "True"]], ids=["plain", "twice"]
+)
 def test_the_estimated_memory_is_the_memory_that_the_log_reports(tmp_path, more):
     """A real model of 135 million parameters, rows of 600 tokens: within 15 % of the whole process."""
     from demo.demo_model import demo_model
