@@ -1,4 +1,4 @@
-"""Print how large a model fits, by arithmetic, and the arithmetic beside what others have measured.
+"""Print how large a model fits, by arithmetic, and the arithmetic beside what others have published.
 
 python benchmarks/memory_table.py               # the table of docs/performance.md
 python benchmarks/memory_table.py published     # beside published figures
@@ -16,28 +16,42 @@ from transformers import Qwen2Config, Qwen3_5Config, Qwen3_5MoeConfig, Qwen3Conf
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from recipe.training.memory import ModelSize, model_size  # noqa: E402
+from recipe.distributed.engines import ENGINES, Mode  # noqa: E402
+from recipe.model import adapter  # noqa: E402
+from recipe.training.memory import GB, ModelSize, estimate, model_size  # noqa: E402
 
 
-def qwen2(hidden, layers, inner, heads, groups, vocabulary, tied=False):
+def qwen2(
+    hidden: int, layers: int, inner: int, heads: int, groups: int, vocabulary: int, tied: bool = False
+) -> Qwen2Config:
+    """Return the configuration of a dense model."""
     return Qwen2Config(
         hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, num_attention_heads=heads,
         num_key_value_heads=groups, vocab_size=vocabulary, tie_word_embeddings=tied,
     )  # fmt: skip
 
 
-def qwen3_5(hidden, layers, inner, heads, groups, value_heads, tower, tied=False):
-    """A vision checkpoint; `tower` is the hidden size and the number of layers of its vision tower."""
+def qwen3_5(
+    hidden: int,
+    layers: int,
+    inner: int,
+    heads: int,
+    groups: int,
+    value_heads: int,
+    tower: tuple[int, int],
+    tied: bool = False,
+) -> Qwen3_5Config:
+    """Return the configuration of a vision checkpoint; `tower`: hidden size and layers of its vision tower."""
     width, depth = tower
+    inner_width, tower_heads = (4304, 16) if width == 1152 else (4 * width, width // 64)
     text = dict(
         hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, num_attention_heads=heads,
         num_key_value_heads=groups, linear_num_value_heads=value_heads, tie_word_embeddings=tied,
     )  # fmt: skip
-    vision = dict(hidden_size=width, depth=depth, intermediate_size=4 * width, num_heads=width // 64)
-    vision = {**vision, "intermediate_size": 4304, "num_heads": 16} if width == 1152 else vision
-    return Qwen3_5Config(
-        text_config=text, vision_config={**vision, "out_hidden_size": hidden}, tie_word_embeddings=tied
-    )
+    vision = dict(
+        hidden_size=width, depth=depth, intermediate_size=inner_width, num_heads=tower_heads, out_hidden_size=hidden
+    )  # fmt: skip
+    return Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
 
 
 # From the config.json of each model; what is left out is the default of transformers' class.
@@ -65,26 +79,74 @@ CONFIGS = {
 
 @functools.cache
 def size_of(name: str, rank: int = 64) -> ModelSize:
-    """Return the size of a model with an adapter on its linear layers; no weight takes any memory."""
+    """Return the size of a model with the adapter that finetune.py puts on it; no weight takes any memory."""
     config = copy.deepcopy(CONFIGS[name])
     vision = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
-        linear = {n for n, m in model.get_decoder().named_modules() if isinstance(m, torch.nn.Linear)}
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=linear))
-    return model_size(model, fused_delta_rule=True)
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=adapter.targets(model, None))
+        return model_size(peft.get_peft_model(model, lora), fused_delta_rule=True)
+
+
+COLUMNS = {  # title: engine, mode, GPUs
+    "1 GPU QLoRA": ("one process", Mode.QLORA, 1),
+    "1 GPU LoRA": ("one process", Mode.LORA, 1),
+    "1 GPU full": ("one process", Mode.FULL, 1),
+    "8 ZeRO-2 LoRA": ("ZeRO-2", Mode.LORA, 8),
+    "8 ZeRO-3 QLoRA": ("ZeRO-3", Mode.QLORA, 8),
+    "8 FSDP2 QLoRA": ("FSDP2", Mode.QLORA, 8),
+    "8 ZeRO-2 full": ("ZeRO-2", Mode.FULL, 8),
+    "8 ZeRO-3 full": ("ZeRO-3", Mode.FULL, 8),
+    "8 FSDP2 full": ("FSDP2", Mode.FULL, 8),
+    "8 ZeRO-3 offload full": ("ZeRO-3 offload", Mode.FULL, 8),
+}
+TOKENS = 2048
+ADVICE = (
+    "GB on each GPU, in bf16, with --gradient_checkpointing, --lora_r 64 and a micro-batch of 2,048 tokens, all of them "
+    "supervised. Their logits take up to 1.9 GB (3.1 with the vocabulary of Qwen3.5), their activations 0.1 to 5, which "
+    "grow with the tokens. Vision towers are there and frozen, routed experts are frozen under LoRA and in 4 bits under "
+    "QLoRA. Take the column furthest to the left, of the training that you want, that leaves a tenth of your GPU free; "
+    "with more GPUs ZeRO-3's and FSDP2's weights, gradients and optimizer shrink in proportion. Offloading moves about "
+    "20 bytes a trained parameter to main memory."
+)
+# GB for LoRA in bf16, as unsloth.ai/docs/models/qwen3.5/fine-tune said in November 2026. It does not say for which rank
+# and length; its notebooks have rank 16 and rows of at most 2,048 tokens. Qwen3.6 has the shapes of Qwen3.5.
+PUBLISHED = {
+    "Qwen3.5-0.8B": 3,
+    "Qwen3.5-2B": 5,
+    "Qwen3.5-4B": 10,
+    "Qwen3.5-9B": 22,
+    "Qwen3.6-27B": 56,
+    "Qwen3.6-35B-A3B": 74,
+}
+
+
+def needed(name: str, engine: str, mode: Mode, gpus: int) -> float:
+    """Return the estimated GB on each GPU."""
+    return estimate(size_of(name), ENGINES[engine], mode, gpus, TOKENS).peak / GB
+
+
+def table() -> str:
+    """Return the GB on each GPU for every model and column, in Markdown, and how to read them."""
+    lines = [f"| model | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
+    for name in CONFIGS:
+        lines.append(f"| {name} | {' | '.join(f'{needed(name, *column):.0f}' for column in COLUMNS.values())} |")
+    return "\n".join(lines) + f"\n\n{ADVICE}"
+
+
+def beside_published(name: str) -> float:
+    """Return the estimated GB of LoRA with rank 16, for a row of 2,048 tokens with 512 supervised ones."""
+    return (
+        estimate(size_of(name, 16), ENGINES["one process"], Mode.LORA, 1, TOKENS, supervised=512, dropout=0).peak / GB
+    )
+
+
+def published() -> str:
+    """Return PUBLISHED beside the estimate, in Markdown."""
+    lines = ["| LoRA in bf16, GB | published | estimated |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {gb} | {beside_published(name):.1f} |" for name, gb in PUBLISHED.items())])
 
 
 if __name__ == "__main__":
-    import time
-
-    for n in CONFIGS:
-        t = time.time()
-        s = size_of(n)
-        print(
-            n,
-            f"{s.base / 1e9:.3f} tower {s.tower / 1e9:.3f} adapter {s.adapter / 1e6:.1f}M linear {s.linear / 1e9:.3f} largest {s.largest / 1e6:.0f}M {time.time() - t:.1f}s",
-            s.layers[0],
-            flush=True,
-        )
+    print(published() if sys.argv[1:] == ["published"] else table())

@@ -111,7 +111,7 @@ def test_rows_can_be_grouped_by_length(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("mode", [[], ["--use_lora"]], ids=["full", "lora"])
 def test_twenty_steps_in_bfloat16_stay_within_the_spread_of_two_seeds(tiny_model, tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(finetune, "has_bf16", lambda cpu: True)  # slow on some processors, and right on all
+    monkeypatch.setattr(finetune.precision, "has_bf16", lambda cpu: True)  # slow on some processors, and right on all
     data = ROOT / "data" / "train.jsonl"
     more = ["--max_steps", 20, "--learning_rate", 2e-3, "--lora_dropout", 0, *mode]
 

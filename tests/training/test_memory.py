@@ -316,3 +316,39 @@ def test_a_rank_holds_what_is_estimated(label, small_tokenizer, tmp_path, prepar
             zero = results[mode]["zero"]
             assert zero["bucket"] == 256**2 and (zero["live"], zero["group"]) == (memory.ZERO3_LIVE,) * 2
             assert zero["overlap"]  # which takes two buckets
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_known_totals():
+    """Full training takes 16 bytes a parameter, and 4 more in the step; QLoRA 0.516 for a weight of a linear layer."""
+    size = memory_table.size_of("Qwen2.5-3B")
+    full = memory.estimate(size, ONE_PROCESS, Mode.FULL, 1, 1)
+    assert full.kept == 16 * size.base and full.peak == 20 * size.base
+    packed = memory.estimate(size, ONE_PROCESS, Mode.QLORA, 1, 1).weights - 2 * (size.base - size.linear)
+    assert (packed - 4 * size.adapter) / size.linear == pytest.approx(0.516, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", memory_table.PUBLISHED)
+def test_the_estimate_is_near_published_figures(name):
+    assert memory_table.beside_published(name) == pytest.approx(memory_table.PUBLISHED[name], rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_documents_have_the_tables_that_the_program_prints():
+    printed = [
+        subprocess.run(
+            [sys.executable, ROOT / "benchmarks" / "memory_table.py", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for words in ([], ["published"])
+    ]
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert printed[0] in text and printed[1] in text
+    readme = (ROOT / "README.md").read_text().partition("**How large a model fits**")[2].partition("## Speed")[0]
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    assert set(rows) <= set(printed[0].splitlines()) and any("Qwen3.6-27B" in row for row in rows)

@@ -58,13 +58,13 @@ def test_rows_that_fill_no_batch_are_refused_before_the_model_loads(tiny_copy, t
 
 def test_the_largest_micro_batch_is_of_rows_in_use(tiny_model, tmp_path, prepared):
     """Rows that are dropped do not count, and all documents of a conversation do."""
-    rows = [*UNEVEN_ROWS, {"prompt": "a", "completion": "word " * 400}]
+    rows = [*UNEVEN_ROWS, {"prompt": "a", "completion": "word " * 1500}]
     data = write(tmp_path / "rows.jsonl", rows)
-    trainer = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 128))
+    trainer = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 512))
     sizes = sorted(sum(len(d["input_ids"]) for d in trainer.train_dataset[i]) for i in range(len(UNEVEN_ROWS)))
     assert len(trainer.train_dataset) == len(UNEVEN_ROWS)
     assert start_report._longest(trainer) == sum(sizes[-4:])
-    padded = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 128, "--padding_free", "False"))
+    padded = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 512, "--padding_free", "False"))
     assert start_report._longest(padded) == 4 * sizes[-1]
 
 
