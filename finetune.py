@@ -478,7 +478,6 @@ def run(
     trainer.save_state()
     if eval_dataset is not None:  # after the save: a failing evaluation costs no weights
         metrics.update(trainer.evaluate_at_end())
-        trainer.save_state()
     if training_args.should_save:
         command_line.write_run_yaml((model_args, data_args, training_args, lora_args), training_args.output_dir)
         curves.plot_loss(trainer.state.log_history, training_args.output_dir)

@@ -198,6 +198,7 @@ class RecipeTrainer(transformers.Trainer):
         if "eval_loss" not in metrics:
             metrics = self.evaluate()
             self.keep_best(metrics)
+            self.save_state()
         return metrics
 
     def keep_best(self, metrics: dict[str, float]) -> None:
