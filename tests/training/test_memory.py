@@ -195,8 +195,8 @@ def test_activations_are_what_autograd_saves(micro_batch, name, mode, dropout, b
     )
 
 
-@pytest.mark.parametrize("bf16", ["False", "True"])
-@pytest.mark.parametrize("checkpointing", ["False", "True"])
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16, checkpointing", [("False", "False"), ("True", "True")])
 @pytest.mark.parametrize("mode, dropout", CASES)
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "qwen3_5_text"])
 def test_the_passes_take_what_is_estimated(micro_batch, name, mode, dropout, checkpointing, bf16):
@@ -205,8 +205,8 @@ def test_the_passes_take_what_is_estimated(micro_batch, name, mode, dropout, che
     assert parts.passes == pytest.approx(peak_of_the_passes(trainer, batch), rel=0.15)
 
 
-@pytest.mark.parametrize("bf16", ["False", "True"])
-@pytest.mark.parametrize("checkpointing", ["False", "True"])
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16, checkpointing", [("False", "False"), ("True", "True")])
 @pytest.mark.parametrize("mode", [Mode.LORA, Mode.QLORA])
 def test_adapters_of_experts_take_what_is_estimated(micro_batch, mode, checkpointing, bf16):
     more = ["--lora_experts", "True", "--lora_dropout", 0.0, "--bf16", bf16, "--gradient_checkpointing", checkpointing]
