@@ -4,10 +4,14 @@ import argparse
 import atexit
 import threading
 
+import bitsandbytes
+import datasets
 import peft
 import pytest
+import torch
 import transformers
 from peft.utils import transformers_weight_conversion
+from transformers import core_model_loading
 from transformers.integrations import moe
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.lfm2 import modeling_lfm2
@@ -30,6 +34,18 @@ PRIVATE = [
     (modeling_qwen3_5, "torch_chunk_gated_delta_rule"),
     (modeling_kimi_linear, "chunk_kimi_delta_attention"),
     (modeling_lfm2, "Lfm2ShortConv"),
+    *(
+        (transformers.Trainer, name)
+        for name in ("_get_dataloader", "_get_train_sampler", "_evaluate", "_save", "_save_checkpoint")
+    ),
+    (transformers.PreTrainedModel, "_no_split_modules"),
+    (core_model_loading, "revert_weight_conversion"),
+    (peft.utils.constants, "EMBEDDING_LAYER_NAMES"),
+    (torch.cpu, "_is_avx512_bf16_supported"),
+    (torch.cpu, "_is_amx_tile_supported"),
+    (bitsandbytes.nn, "Params4bit"),
+    (bitsandbytes.nn.Linear4bit(2, 2), "support_avx512bf16_for_cpu"),
+    (datasets.Dataset.from_dict({}), "_fingerprint"),
     (threading, "_shutdown"),
     (atexit, "_run_exitfuncs"),
 ]
