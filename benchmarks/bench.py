@@ -53,7 +53,7 @@ def rows(count, path=None, seed=0):
                 yield {"prompt": row["question"], "completion": row["answer"]} if "question" in row else row
         return
     chance = random.Random(seed)
-    for n in range(count):
+    for _ in range(count):
         lines = max(1, int(chance.lognormvariate(1.6, 0.7)))
         numbers = [chance.randrange(2, 99) for _ in range(lines + 1)]
         question = " ".join(f"Parcel {i} holds {k} letters." for i, k in enumerate(numbers)) + " How many in all?"
@@ -358,7 +358,9 @@ def table(results=RESULTS):
         found.append((run["supervised_tokens_per_second"], run["peak_gb"]))
     cells = {}
     for columns in runs.values():
-        medians = {name: [statistics.median(values) for values in zip(*found)] for name, found in columns.items()}
+        medians = {
+            name: [statistics.median(values) for values in zip(*found, strict=True)] for name, found in columns.items()
+        }
         for name in VARIANTS:
             speed, memory = medians.get(name, (None, None))
             slower = f", {medians['recipe'][0] / speed:.1f} x slower" if speed and name != "recipe" else ""
