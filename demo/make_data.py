@@ -1,4 +1,4 @@
-"""Write train.jsonl and validation.jsonl: free text and a schema in, JSON out. Same files every time.
+"""Write data/train.jsonl and data/validation.jsonl: free text and a schema in, JSON out. Every run writes the same files.
 
     python demo/make_data.py
 
@@ -10,6 +10,11 @@ import json
 import pathlib
 import random
 import re
+from collections.abc import Callable
+from typing import Any
+
+Pick = Callable[[str], str]  # draws an entity of a kind
+Fields = dict[str, Any]
 
 TRAIN_ROWS, HELD_OUT_ROWS, SEED = 400, 60, 2026
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "data"
@@ -80,8 +85,8 @@ WORDS = {
 MONTHS = "January February March April May June July August September October November December".split()
 
 
-def entities(part, rng):
-    """A function that draws an entity of a kind, of training words (part 0) or held-out words (part 1)."""
+def entities(part: int, rng: random.Random) -> Pick:
+    """Return a function that draws an entity of a kind, of training words (part 0) or held-out words (part 1)."""
     words = {name: lists[part].split() for name, lists in WORDS.items()}
     kinds = {
         "person": ("first", "last"), "company": ("firm", "trade"), "product": ("quality", "thing"), "city": ("city",),
@@ -96,7 +101,8 @@ def entities(part, rng):
     return pick
 
 
-def contact(pick, rng):
+def contact(pick: Pick, rng: random.Random) -> tuple[Fields, list[str]]:
+    """Draw a person, a company and a phone number; return the fields and the texts that can hold them."""
     name, company = pick("person"), pick("company")
     fields = {
         "name": name,
@@ -115,7 +121,8 @@ def contact(pick, rng):
     return fields, texts
 
 
-def order(pick, rng):
+def order(pick: Pick, rng: random.Random) -> tuple[Fields, list[str]]:
+    """Draw a product, how many, at which price, for which city; return the fields and the texts that can hold them."""
     fields = {
         "product": pick("product"),
         "quantity": rng.randint(2, 40),
@@ -134,7 +141,8 @@ def order(pick, rng):
     return fields, texts
 
 
-def event(pick, rng):
+def event(pick: Pick, rng: random.Random) -> tuple[Fields, list[str]]:
+    """Draw a title, a date, a time and a place; return the fields and the texts that can hold them."""
     fields = {
         "title": pick("event"),
         "date": f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
@@ -151,7 +159,8 @@ def event(pick, rng):
     return fields, texts
 
 
-def booking(pick, rng):
+def booking(pick: Pick, rng: random.Random) -> tuple[Fields, list[str]]:
+    """Draw a passenger, a journey and a number of seats; return the fields and the texts that can hold them."""
     start, end = pick("city"), pick("city")
     while end == start:
         end = pick("city")
@@ -190,8 +199,10 @@ CORRECTIONS = [
 ]
 
 
-def row(rng, pick, foreign=False, gap=False, correction=False):
-    """One conversation of one, or with a correction two, assistant turns."""
+def row(
+    rng: random.Random, pick: Pick, foreign: bool = False, gap: bool = False, correction: bool = False
+) -> dict[str, list[dict[str, str]]]:
+    """Return a conversation with one assistant turn, or with two if there is a correction."""
     kind = rng.choice(list(OPTIONAL) if gap else list(KINDS))
     fields, texts = KINDS[kind](pick, rng)
     text = rng.choice([text for text in texts if foreign == (text[2] == ":")])
@@ -218,8 +229,8 @@ def row(rng, pick, foreign=False, gap=False, correction=False):
     return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
 
 
-def rows(count, part):
-    """`count` different conversations: 1 in 8 in another language, 1 in 8 with a gap, 1 in 6 with a correction."""
+def rows(count: int, part: int) -> list[dict[str, list[dict[str, str]]]]:
+    """Return different conversations: 1 in 8 in another language, 1 in 8 with a gap, 1 in 6 with a correction."""
     rng = random.Random(SEED + part)
     pick, result = entities(part, rng), []
     while len(result) < count:
@@ -231,7 +242,8 @@ def rows(count, part):
     return result
 
 
-def main():
+def main() -> None:
+    """Write both files."""
     train, held_out = rows(TRAIN_ROWS, 0), rows(HELD_OUT_ROWS, 1)
     seen = "".join(message["content"] for made in train for message in made["messages"])
     for name, (_, unseen) in WORDS.items():
