@@ -1,19 +1,20 @@
-"""`make demo`: a real small model learns to turn text into JSON, measured before and after.
+"""Teach a real small model to turn text into JSON, and measure it before and after: `make demo`.
 
-Everything here is what a user would run by hand; the commands are printed. About three minutes on two CPU cores.
+Each stage prints the command that does the same by hand. About three minutes on two CPU cores.
 """
 
 import gc
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from recipe import console
-from recipe.model import loading
+from recipe.console import UserError
 
-OUTPUT = "output/demo"
+OUTPUT, MERGED = "output/demo", "output/demo-merged"
+LONGEST, TOGETHER = 56, 60  # tokens of an answer; prompts that are answered together
 TRAINING = {
     "--data_path": "data/train.jsonl", "--eval_data_path": "data/validation.jsonl", "--output_dir": OUTPUT,
     "--use_lora": "True", "--lora_r": "16", "--lora_alpha": "32", "--lora_dropout": "0.0",
@@ -23,72 +24,85 @@ TRAINING = {
 }  # fmt: skip
 
 
-def main() -> None:
-    """Run the demo; a user's mistake is one sentence and exit code 2."""
-    from recipe.console import UserError
+class Stages:
+    """Runs the stages of the demo, one after the other, and keeps the seconds of each."""
 
-    console.quiet()
-    seconds = {}
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
-    def stage(name, function, *args):
-        print(f"\n== {name}", flush=True)
+    def run(self, name: str, command: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Print the name and the command of a stage, call its function and return the result."""
+        print(f"\n== {name}", *[f"\n$ python {command}"] * bool(command), flush=True)
         start = time.perf_counter()
-        result = function(*args)
+        result = function(*arguments)
         gc.collect()
-        seconds[name] = round(time.perf_counter() - start, 1)
+        self.seconds[name] = round(time.perf_counter() - start, 1)
         return result
 
-    try:
-        run(stage, seconds)
-    except UserError as error:
-        console.fail(error)
 
-
-def run(stage: Callable, seconds: dict[str, float]) -> None:
-    """Run each stage by `stage(name, function, ...)`, and print what changed; `seconds` is filled by it."""
+def run() -> None:
+    """Get the model, measure it, train it, measure it again, merge the adapter, and print what was found."""
     from demo.demo_model import demo_model
 
-    model = stage("get the model", demo_model)
+    stages = Stages()
+    model = stages.run("get the model", "", demo_model)
+    # These import torch: after the download, which does not need it.
     import torch
     import transformers
 
     import finetune
     from recipe.dataset.conversations import Conversations
     from recipe.dataset.encoding import ChatEncoder
-    from recipe.training import answers  # imports torch: after the download, which does not need it
+    from recipe.model import loading
+    from recipe.training import answers
     from recipe.training.merging import merge
 
     transformers.utils.logging.disable_progress_bar()
-    source = Conversations([TRAINING["--data_path"].replace("train", "validation")])
+    source = Conversations([TRAINING["--eval_data_path"]])
     held_out = [source[i] for i in range(len(source))]
 
     def measure(folder):
         model, tokenizer = loading.load(folder)
-        return answers.measure(model, ChatEncoder(tokenizer), held_out, max_new_tokens=56, batch_size=60)
+        return answers.measure(model, ChatEncoder(tokenizer), held_out, max_new_tokens=LONGEST, batch_size=TOGETHER)
 
-    before, answers_before, asked = stage("measure before", measure, model)
+    def measuring(folder):
+        return (
+            f"eval.py --model_name_or_path {folder} --data_path {TRAINING['--eval_data_path']} "
+            f"--max_new_tokens {LONGEST} --batch_size {TOGETHER}"
+        )
+
+    before, answers_before, questions = stages.run("measure before", measuring(model), measure, model)
     argv = ["--model_name_or_path", model, *(word for pair in TRAINING.items() for word in pair)]
-    print("\npython finetune.py " + " ".join(argv))
-    stage("fine-tune", finetune.train, argv)
-    after, answers_after, _ = stage("measure after", measure, OUTPUT)
-    difference = stage("merge", merge, OUTPUT, OUTPUT + "-merged", torch.bfloat16)
+    stages.run("fine-tune", f"finetune.py {' '.join(argv)}", finetune.train, argv)
+    after, answers_after, _ = stages.run("measure after", measuring(OUTPUT), measure, OUTPUT)
+    merging = f"merge.py --adapter {OUTPUT} --output {MERGED} --dtype bfloat16"
+    difference = stages.run("merge", merging, merge, OUTPUT, MERGED, torch.bfloat16)
 
-    print("\n60 held-out conversations   before    after")
+    print(f"\n{len(held_out)} held-out conversations   before    after")
     for name in ("exact_match", "valid_json", "eval_loss"):
         print(f"  {name:<24} {before[name]:8.4f} {after[name]:8.4f}")
     for i in range(3):
-        print(f"\nprompt: {asked[i].messages[-1]['content']}")
+        print(f"\nprompt: {questions[i].messages[-1]['content']}")
         print(f"before: {answers_before[i].strip()[:200]}")
         print(f"after:  {answers_after[i]}")
-        print(f"wanted: {asked[i].reference}")
+        print(f"wanted: {questions[i].reference}")
     print(f"\nadapter       {OUTPUT} (best by held-out loss: {OUTPUT}/best)")
-    print(f"merged model  {OUTPUT}-merged (its logits differ from the adapter's by {difference:.1e})")
+    print(f"merged model  {MERGED} (its logits differ from the adapter's by {difference:.1e})")
     print(f"loss curve    {OUTPUT}/loss.png")
-    print("seconds       " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
+    print("seconds       " + ", ".join(f"{name} {value}" for name, value in stages.seconds.items()))
     with open(os.path.join(OUTPUT, "metrics.json"), "w", encoding="utf-8") as file:
-        json.dump({"before": before, "after": after, "seconds": seconds}, file, indent=2)
+        json.dump({"before": before, "after": after, "seconds": stages.seconds}, file, indent=2)
+
+
+def main() -> None:
+    """Run the demo; a user's mistake is one sentence."""
+    console.quiet()
+    try:
+        run()
+    except UserError as error:
+        console.fail(error)
 
 
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    sys.exit(main())
+    main()

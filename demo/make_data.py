@@ -1,4 +1,4 @@
-"""Write train.jsonl and validation.jsonl: free text and a schema in, JSON out. Same files every time.
+"""Write data/train.jsonl and data/validation.jsonl: free text and a schema in, JSON out. Every run writes the same files.
 
     python demo/make_data.py
 
@@ -11,6 +11,10 @@ import pathlib
 import random
 import re
 from collections.abc import Callable
+from typing import Any
+
+Pick = Callable[[str], str]  # draws an entity of a kind
+Fields = dict[str, Any]
 
 TRAIN_ROWS, HELD_OUT_ROWS, SEED = 400, 60, 2026
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "data"
@@ -81,8 +85,8 @@ WORDS = {
 MONTHS = "January February March April May June July August September October November December".split()
 
 
-def entities(part: int, rng: random.Random) -> Callable[[str], str]:
-    """A function that draws an entity of a kind, of training words (part 0) or held-out words (part 1)."""
+def entities(part: int, rng: random.Random) -> Pick:
+    """Return a function that draws an entity of a kind, of training words (part 0) or held-out words (part 1)."""
     words = {name: lists[part].split() for name, lists in WORDS.items()}
     kinds = {
         "person": ("first", "last"), "company": ("firm", "trade"), "product": ("quality", "thing"), "city": ("city",),
@@ -97,8 +101,8 @@ def entities(part: int, rng: random.Random) -> Callable[[str], str]:
     return pick
 
 
-def contact(pick: Callable[[str], str], rng: random.Random) -> tuple:
-    """Return the fields of a contact and texts that hold them."""
+def contact(pick: Pick, rng: random.Random) -> tuple[Fields, list[str]]:
+    """Draw a person, a company and a phone number; return the fields and the texts that can hold them."""
     name, company = pick("person"), pick("company")
     fields = {
         "name": name,
@@ -117,8 +121,8 @@ def contact(pick: Callable[[str], str], rng: random.Random) -> tuple:
     return fields, texts
 
 
-def order(pick: Callable[[str], str], rng: random.Random) -> tuple:
-    """Return the fields of an order and texts that hold them."""
+def order(pick: Pick, rng: random.Random) -> tuple[Fields, list[str]]:
+    """Draw a product, how many, at which price, for which city; return the fields and the texts that can hold them."""
     fields = {
         "product": pick("product"),
         "quantity": rng.randint(2, 40),
@@ -137,8 +141,8 @@ def order(pick: Callable[[str], str], rng: random.Random) -> tuple:
     return fields, texts
 
 
-def event(pick: Callable[[str], str], rng: random.Random) -> tuple:
-    """Return the fields of an event and texts that hold them."""
+def event(pick: Pick, rng: random.Random) -> tuple[Fields, list[str]]:
+    """Draw a title, a date, a time and a place; return the fields and the texts that can hold them."""
     fields = {
         "title": pick("event"),
         "date": f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
@@ -155,8 +159,8 @@ def event(pick: Callable[[str], str], rng: random.Random) -> tuple:
     return fields, texts
 
 
-def booking(pick: Callable[[str], str], rng: random.Random) -> tuple:
-    """Return the fields of a booking and texts that hold them."""
+def booking(pick: Pick, rng: random.Random) -> tuple[Fields, list[str]]:
+    """Draw a passenger, a journey and a number of seats; return the fields and the texts that can hold them."""
     start, end = pick("city"), pick("city")
     while end == start:
         end = pick("city")
@@ -196,9 +200,9 @@ CORRECTIONS = [
 
 
 def row(
-    rng: random.Random, pick: Callable[[str], str], foreign: bool = False, gap: bool = False, correction: bool = False
-) -> dict:
-    """One conversation of one, or with a correction two, assistant turns."""
+    rng: random.Random, pick: Pick, foreign: bool = False, gap: bool = False, correction: bool = False
+) -> dict[str, list[dict[str, str]]]:
+    """Return a conversation with one assistant turn, or with two if there is a correction."""
     kind = rng.choice(list(OPTIONAL) if gap else list(KINDS))
     fields, texts = KINDS[kind](pick, rng)
     text = rng.choice([text for text in texts if foreign == (text[2] == ":")])
@@ -225,8 +229,8 @@ def row(
     return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
 
 
-def rows(count: int, part: int) -> list[dict]:
-    """`count` different conversations: 1 in 8 in another language, 1 in 8 with a gap, 1 in 6 with a correction."""
+def rows(count: int, part: int) -> list[dict[str, list[dict[str, str]]]]:
+    """Return different conversations: 1 in 8 in another language, 1 in 8 with a gap, 1 in 6 with a correction."""
     rng = random.Random(SEED + part)
     pick, result = entities(part, rng), []
     while len(result) < count:
@@ -239,6 +243,7 @@ def rows(count: int, part: int) -> list[dict]:
 
 
 def main() -> None:
+    """Write both files."""
     train, held_out = rows(TRAIN_ROWS, 0), rows(HELD_OUT_ROWS, 1)
     seen = "".join(message["content"] for made in train for message in made["messages"])
     for name, (_, unseen) in WORDS.items():

@@ -435,6 +435,14 @@ def used_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
+def unread_weights() -> int:
+    """Return the bytes of mapped model files that are not in main memory yet; safetensors reads them when needed."""
+    import psutil
+
+    files = getattr(psutil.Process(), "memory_maps", list)()  # not on macOS
+    return sum(file.size - file.rss for file in files if file.path.endswith(".safetensors"))
+
+
 def start_peak(device: torch.device) -> None:
     """Let `peak_memory` begin anew, without what loading the model has needed."""
     if device.type == "cuda":
