@@ -17,7 +17,7 @@ OUTPUT, MERGED = "output/demo", "output/demo-merged"
 LONGEST, TOGETHER = 56, 60  # tokens of an answer; prompts that are answered together
 TRAINING = {
     "--data_path": "data/train.jsonl", "--eval_data_path": "data/validation.jsonl", "--output_dir": OUTPUT,
-    "--use_lora": "True", "--lora_r": "16", "--lora_alpha": "32", "--lora_dropout": "0.0",
+    "--bf16": "False", "--use_lora": "True", "--lora_r": "16", "--lora_alpha": "32", "--lora_dropout": "0.0",
     "--learning_rate": "2e-3", "--per_device_train_batch_size": "4", "--num_train_epochs": "1",
     "--warmup_steps": "0.1", "--eval_strategy": "epoch", "--save_strategy": "no",
     "--logging_steps": "10", "--disable_tqdm": "True",
