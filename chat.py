@@ -64,7 +64,7 @@ def _line():
 def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
     args = parse()
-    console.quiet()
+    console.configure_libraries()
     try:
         talk(args)
     except UserError as error:

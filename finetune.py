@@ -23,7 +23,7 @@ from typing import Literal
 from recipe import command_line, console
 
 if __name__ == "__main__":
-    console.quiet()  # before the libraries are imported
+    console.configure_libraries()  # before the libraries are imported
     gc.disable()  # until main(): imports free hardly any memory, and looking for it takes a fifth of their time
 import numpy as np
 import torch

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
     args = parse()
-    console.quiet()
+    console.configure_libraries()
     try:
         run(args)
     except UserError as error:

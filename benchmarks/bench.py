@@ -130,9 +130,10 @@ class Clock:
 
 
 def watched(callback):
-    """Give the recipe's Trainer one more callback."""
-    from recipe.training import trainer
+    """Give the recipe's Trainer one more callback, and let its peaks of memory include what loading takes."""
+    from recipe.training import memory, trainer
 
+    memory.start_peak = lambda device: None
     create = trainer.RecipeTrainer.__init__
 
     def with_callback(self, *args, **kwargs):
@@ -143,6 +144,9 @@ def watched(callback):
 
 
 def recipe(folder, data, out, steps, mode):
+    from recipe import console
+
+    console.configure_libraries()  # as finetune.py does when it starts
     import finetune
 
     clock = Clock()

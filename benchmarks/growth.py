@@ -26,6 +26,8 @@ import json, resource, sys, time
 start = time.time()
 sys.path.insert(0, sys.argv[1])
 import bench
+from recipe import console
+console.configure_libraries()
 import finetune
 
 class Done(finetune.transformers.TrainerCallback):

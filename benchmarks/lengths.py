@@ -37,7 +37,10 @@ def measure(shape, mode, length, pack_tokens, steps, work):
     import torch
     from transformers import AutoTokenizer
 
-    import finetune  # which bench has put on the path
+    from recipe import console  # which bench has put on the path
+
+    console.configure_libraries()  # as finetune.py does when it starts
+    import finetune
     from recipe.model.precision import best_dtype, dtype_name
 
     folder = model_folder(shape, work)

@@ -96,7 +96,7 @@ def run() -> None:
 
 def main() -> None:
     """Run the demo; a user's mistake is one sentence."""
-    console.quiet()
+    console.configure_libraries()
     try:
         run()
     except UserError as error:

@@ -43,12 +43,19 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-def quiet() -> None:
-    """Silence what libraries print at import that a user of the scripts cannot act on; call it before they load."""
+def configure_libraries() -> None:
+    """Set what libraries read when they load or first compute; call it before they load.
+
+    * What they print at import, and a user of the scripts cannot act on, is silenced.
+    * On a CPU, oneDNN compiles a kernel for each shape of a product and caches 1,024 of them, and torch's own layer
+      another 1,024: with rows of many lengths, 0.7 MB a shape. 128 are enough for the products of one step.
+    """
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels for inference on a CPU
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
 
 
 def say(text: str) -> None:

@@ -94,7 +94,7 @@ def finetune_words(case: Sequence[str], words: Sequence[str], launcher: str) -> 
     Raises:
         UserError: a flag that is unknown or has a wrong value, no model or no data, a Python without torch.
     """
-    console.quiet()
+    console.configure_libraries()
     try:
         import finetune
     except ImportError as error:

@@ -23,6 +23,7 @@ GB = 1e9
 # float32 scale for each 256 of those.
 NF4, NF4_SCALES = 0.5, 1 / 64 + 4 / (64 * 256)
 ZERO3_LIVE = 1_000_000_000  # elements: DeepSpeed's stage3_max_live_parameters, and its sub_group_size in a step
+KERNELS = 150_000_000  # bytes of the products that oneDNN compiles on a CPU, see console.configure_libraries
 CHUNK = 64  # tokens that the gated delta rule computes together
 OUTPUTS = ("o_proj", "out_proj", "down_proj")  # linear layers that read the result of their block; others read a norm's
 

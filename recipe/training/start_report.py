@@ -252,7 +252,7 @@ def _memory(trainer, compute_dtype, lora_args):
     needed = estimate(trainer, compute_dtype, lora_args, checkpointing)
     loaded, libraries = _loaded(trainer.model, args.device), 0
     if args.device.type == "cpu":
-        libraries = max(0, memory.used_memory() + memory.unread_weights() - loaded)
+        libraries = max(0, memory.used_memory() + memory.unread_weights() - loaded) + memory.KERNELS
     text = f"about {(libraries + needed.peak) / GB:.2f} GB = "
     if libraries:
         text += f"Python and its libraries {libraries / GB:.2f} + "

@@ -68,6 +68,33 @@ def test_the_reported_memory_is_the_peak_of_the_process_since_training_began(tin
     assert reported == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, rel=0.05)
 
 
+MANY_SHAPES = """
+import sys
+from recipe import console
+if sys.argv[1] == "bounded":
+    console.configure_libraries()
+import torch
+from recipe.training import memory
+
+rows, weight = torch.randn(600, 256, dtype=torch.bfloat16), torch.randn(256, 256, dtype=torch.bfloat16)
+for count in (1, 600):
+    for length in range(1, count + 1):
+        torch.nn.functional.linear(rows[:length], weight)
+    print(memory.used_memory())
+"""
+
+
+def test_products_of_many_shapes_do_not_fill_the_memory(tmp_path):
+    grown = {}
+    for caches in ("bounded", "unbounded"):
+        command = [sys.executable, "-c", MANY_SHAPES, caches]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        first, last = map(int, done.stdout.split())
+        grown[caches] = last - first
+    assert grown["bounded"] < memory.KERNELS
+    assert grown["bounded"] < 0.5 * grown["unbounded"] or grown["unbounded"] < 1e8  # a CPU that oneDNN does not serve
+
+
 @pytest.mark.parametrize("mode", ["full", "LoRA"])
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "qwen3_5"])
 def test_operations_are_those_that_torch_counts(small_tokenizer, tmp_path, prepared, name, mode):

@@ -119,7 +119,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_before_training(
     "more", [["--use_lora"], ["--use_lora", "--gradient_checkpointing", "True"]], ids=["plain", "twice"]
 )
 def test_the_estimated_memory_is_the_memory_that_the_log_reports(tmp_path, more):
-    """A real model of 135 million parameters, rows of 600 tokens: within 15 % of the whole process."""
+    """A real model of 135 million parameters, rows of 600 tokens: within 20 % of the whole process.
+
+    glibc before 2.38 cannot reuse a freed aligned block for one of the same size (its bug 14581); that part of the
+    memory is not estimated.
+    """
     from demo.demo_model import demo_model
 
     row = {"prompt": "Say it again. " * 60, "completion": "word and word again. " * 60}
@@ -130,4 +134,4 @@ def test_the_estimated_memory_is_the_memory_that_the_log_reports(tmp_path, more)
     line = next(line for line in done.stdout.splitlines() if line.startswith("memory: "))
     estimated = float(re.match(r"memory: about ([\d.]+) GB = Python and its libraries", line)[1])
     print(line, history(out, "memory_gb"))
-    assert history(out, "memory_gb")[-1] == pytest.approx(estimated, rel=0.15)
+    assert history(out, "memory_gb")[-1] == pytest.approx(estimated, rel=0.2)
