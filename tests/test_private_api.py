@@ -38,12 +38,16 @@ PRIVATE = [
         (transformers.Trainer, name)
         for name in ("_get_dataloader", "_get_train_sampler", "_evaluate", "_save", "_save_checkpoint")
     ),
+    (transformers.Trainer, "set_initial_training_values"),
+    (transformers.PreTrainedConfig(), "_attn_implementation"),
+    (transformers.PreTrainedConfig(), "_name_or_path"),
     (transformers.PreTrainedModel, "_no_split_modules"),
     (core_model_loading, "revert_weight_conversion"),
     (peft.utils.constants, "EMBEDDING_LAYER_NAMES"),
     (torch.cpu, "_is_avx512_bf16_supported"),
     (torch.cpu, "_is_amx_tile_supported"),
     (bitsandbytes.nn, "Params4bit"),
+    (bitsandbytes.nn.Params4bit(torch.zeros(2, 2)), "quant_state"),
     (bitsandbytes.nn.Linear4bit(2, 2), "support_avx512bf16_for_cpu"),
     (datasets.Dataset.from_dict({}), "_fingerprint"),
     (threading, "_shutdown"),

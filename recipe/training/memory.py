@@ -7,7 +7,7 @@ the parts against the bytes that torch keeps, and benchmarks/memory_table.py pri
 import os
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ NF4, NF4_SCALES = 0.5, 1 / 64 + 4 / (64 * 256)
 ZERO3_LIVE = 1_000_000_000  # elements: DeepSpeed's stage3_max_live_parameters, and its sub_group_size in a step
 KERNELS = 150_000_000  # bytes of the products that oneDNN compiles on a CPU, see console.configure_libraries
 CHUNK = 64  # tokens that the gated delta rule computes together
-OUTPUTS = ("o_proj", "out_proj", "down_proj")  # linear layers that read the result of their block; others read a norm's
+# Linear layers that read the result of their block; others read that of a norm.
+ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense")
+MLP_OUTPUTS = ("down_proj", "w2", "fc2", "dense_4h_to_h")
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,19 @@ class LayerSize:
         gradients: Gradients that exist at once in the backward pass, those of the widest results.
     """
 
-    norms: int = 0
-    entering: int = 0
-    shared: int = 0
-    leaving: int = 0
-    ranks: int = 0
+    norms: float = 0
+    entering: float = 0
+    shared: float = 0
+    leaving: float = 0
+    ranks: float = 0
     between: float = 0
     exact: float = 0
     casts: float = 0
     gradients: float = 0
+
+    def __add__(self, other: "LayerSize") -> "LayerSize":
+        """Add up what two parts of a layer keep."""
+        return LayerSize(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -168,85 +174,92 @@ def model_size(model: Any, fused_delta_rule: bool = False) -> ModelSize:
         head=0 if tied else embedding,
         tower=counts["tower"],
         adapter=counts["adapter"],
-        layers=tuple(_layer_size(layer, config, adapted, fused_delta_rule) for layer in decoder.layers),
+        layers=tuple(_layer_size(layer, config, adapted, fused_delta_rule) for layer in _layers(decoder, config)),
         config=config,
     )
 
 
+def _layers(decoder: Any, config: Any) -> torch.nn.ModuleList | list[torch.nn.Module]:
+    """Find the decoder's layers, however they are named."""
+    lists = (m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers)
+    return next(lists, [])
+
+
 def _layer_size(layer: torch.nn.Module, config: Any, adapted: bool, fused: bool) -> LayerSize:
     """Count what a layer keeps, by the modules in it."""
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    query, key = heads * width, groups * width
-    norms = between = exact = casts = widest = 0.0
+    size = _linear_inputs(layer, adapted) + _routed_experts(layer, config, adapted)
     for name, module in layer.named_modules():
         path = name.rpartition(".")[2]
-        if "Norm" in type(module).__name__ and path != "norm":  # a delta net's own norm is counted with it
-            norms += {"q_norm": query, "k_norm": key}.get(path) or numel(module.weight)
-        elif path == "self_attn":
-            gated = getattr(getattr(module, "q_proj", None), "out_features", 0) == 2 * query
-            between += 2 * query + 2 * key + 3 * query * gated
-            exact += heads
-        elif path == "linear_attn":
-            more = _delta_net(module, fused)
-            between, exact, casts = between + more[0], exact + more[1], casts + more[2]
-        elif path == "down_proj" and hasattr(module, "in_features"):
-            between += 3 * module.in_features  # of gate_proj, its activation, of up_proj
-            widest = max(widest, module.in_features)
+        if path == "linear_attn" and hasattr(module, "num_v_heads"):
+            size += _delta_net(module, fused)
+        elif path in ("self_attn", "self_attention", "attention", "attn"):
+            size += _attention(module, config.hidden_size)
+        elif path in MLP_OUTPUTS and hasattr(module, "in_features"):
+            # gate_proj, its activation and up_proj; the gradients of two of them
+            size += LayerSize(between=3 * module.in_features, gradients=2 * module.in_features)
         elif path == "shared_expert":
-            between += config.hidden_size  # before it is weighed
-    rows, routers, gradients = _routed(layer, config, adapted)
-    inputs = _linear_inputs(layer, adapted)
-    return LayerSize(
-        int(norms),
-        **inputs,
-        between=between + rows,
-        exact=exact + routers,
-        casts=casts,
-        gradients=max(2 * widest, gradients),
-    )
+            size += LayerSize(between=config.hidden_size)  # before it is weighed
+        elif "Norm" in type(module).__name__ and path not in (
+            "q_norm",
+            "k_norm",
+            "norm",
+        ):  # those are counted elsewhere
+            size += LayerSize(norms=numel(module.weight) if hasattr(module, "weight") else config.hidden_size)
+    return size
 
 
-def _linear_inputs(layer: torch.nn.Module, adapted: bool) -> dict[str, int]:
+def _linear_inputs(layer: torch.nn.Module, adapted: bool) -> LayerSize:
     """Sum up the input widths of the linear layers with an adapter, or of all (without `adapted`)."""
-    counts, shared = {"entering": 0, "leaving": 0, "ranks": 0}, {}
+    size, shared = LayerSize(), {}
     for name, module in layer.named_modules():
         block, _, path = name.rpartition(".")
-        if not hasattr(module, "in_features") or hasattr(module, "parameter_name"):  # experts: see _routed
+        if not hasattr(module, "in_features") or hasattr(module, "parameter_name"):  # experts: see _routed_experts
             continue
         if adapted:
             if not getattr(module, "lora_A", None):
                 continue
-            counts["ranks"] += sum(module.r.values())
-        if path in OUTPUTS:
-            counts["leaving"] += module.in_features
+            size += LayerSize(ranks=sum(module.r.values()))
+        if path in ATTENTION_OUTPUTS + MLP_OUTPUTS:
+            size += LayerSize(leaving=module.in_features)
         else:
-            counts["entering"] += module.in_features
+            size += LayerSize(entering=module.in_features)
             shared[block] = module.in_features
-    return counts | {"shared": sum(shared.values())}
+    return size + LayerSize(shared=sum(shared.values()))
 
 
-def _routed(layer: torch.nn.Module, config: Any, adapted: bool) -> tuple[float, float, float]:
-    """Count what routed experts keep of a token: in the computing precision, in float32; and gradients at once.
+def _attention(attention: torch.nn.Module, hidden: int) -> LayerSize:
+    """Count query, key, value, output and, in float32, a number a head; norms of query and key; an output gate.
+
+    A gate keeps itself, its sigmoid and what it multiplies.
+    """
+    parts = {name: part for name, part in attention.named_children() if hasattr(part, "in_features")}
+    query = next((parts[name].in_features for name in ATTENTION_OUTPUTS if name in parts), hidden)
+    key = parts["k_proj"].out_features if "k_proj" in parts else query
+    gated = "q_proj" in parts and parts["q_proj"].out_features == 2 * query
+    norms = query * hasattr(attention, "q_norm") + key * hasattr(attention, "k_norm")
+    return LayerSize(norms=norms, between=2 * query + 2 * key + 3 * query * gated, exact=query / 64)
+
+
+def _routed_experts(layer: torch.nn.Module, config: Any, adapted: bool) -> LayerSize:
+    """Count what the routed experts of a layer keep, if it has any.
 
     k rows of a token pass the experts: two results of the first stack, the activation, the output; if the stacks or
     adapters of them are trained also the input of both stacks. The router keeps its probabilities and 64-bit indices.
     """
     routed = next(iter(experts.routed_experts(layer).values()), None)
     if routed is None:
-        return 0.0, 0.0, 0.0
+        return LayerSize()
     wrapped = [m for n, m in layer.named_modules() if getattr(m, "parameter_name", None) and hasattr(m, "lora_A")]
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     k, hidden = experts.experts_per_token(config), config.hidden_size
     rows = hidden + 3 * inner
     if wrapped or not adapted:
         rows += hidden + inner + sum(sum(module.r.values()) for module in wrapped)
-    return k * rows, routed.num_experts + 8 * k, k * (2 * hidden + inner)
+    return LayerSize(between=k * rows, exact=routed.num_experts + 8 * k, gradients=k * (2 * hidden + inner))
 
 
-def _delta_net(net: torch.nn.Module, fused: bool) -> tuple[float, float, float]:
-    """Count what a gated delta net keeps of a token: in the computing precision, in float32, and copies of the latter.
+def _delta_net(net: Any, fused: bool) -> LayerSize:
+    """Count what a gated delta net keeps.
 
     With flash-linear-attention: input and output of the convolution, normalised query and key, a row of the inverted
     chunk matrix, the output; and its norm's three tensors in float32. With torch's functions: all intermediate results,
@@ -254,15 +267,14 @@ def _delta_net(net: torch.nn.Module, fused: bool) -> tuple[float, float, float]:
     functions pad each document to whole chunks, which is not counted.
     """
     heads, values = net.num_v_heads, net.value_dim
-    chunk = heads * CHUNK
-    convolution = 2 * (2 * net.key_dim + net.value_dim)
+    chunk, states = heads * CHUNK, heads * net.head_k_dim * net.head_v_dim / CHUNK
+    convolution = 2 * (2 * net.key_dim + values)
     if fused:
-        return convolution + 2 * net.key_dim + chunk + 2 * values, 3 * values + 4 * heads, 0
-    states = heads * net.head_k_dim * net.head_v_dim / CHUNK
-    return (
-        convolution + 8 * values + 3 * chunk,
-        11 * values + 2 * chunk + states + 10 * heads,
-        1.5 * values + 2 * states,
+        return LayerSize(between=convolution + 2 * net.key_dim + chunk + 2 * values, exact=3 * values + 4 * heads)
+    return LayerSize(
+        between=convolution + 8 * values + 3 * chunk,
+        exact=11 * values + 2 * chunk + states + 10 * heads,
+        casts=1.5 * values + 2 * states,
     )
 
 
@@ -363,7 +375,7 @@ def estimate(
     gathered, one_layer = _gathered(size, engine, mode, dtype, weights, trained, checkpointing)
     kept = [kept_bytes(layer, mode, dtype, dropout, device, 4 if autocast else bits) for layer in size.layers]
     stored = len(kept) * config.hidden_size * (4 if autocast else bits) if checkpointing else sum(kept)
-    computed = max(kept) * checkpointing + bits * max(layer.gradients for layer in size.layers)
+    computed = max(kept, default=0) * checkpointing + bits * max((n.gradients for n in size.layers), default=0)
     head = _head_gradients(size, full, dtype, positions)
     forward = MemoryParts(
         weights=weights * (here if engine.shards_weights else 1) + scales,
@@ -392,12 +404,14 @@ def _gathered(
     if engine.shards_weights:
         linear = NF4 if mode == Mode.QLORA else bits
         layers = linear * size.linear + bits * (size.other + size.adapter * (not full))
-        return ((2 * layers / len(size.layers) + bits * size.embedding) * (2 if full else 1) + matrix,) * 2
+        return ((2 * layers / size.config.num_hidden_layers + bits * size.embedding) * (2 if full else 1) + matrix,) * 2
     # Autocast's copies live until the forward pass ends, or until the backward pass of a layer that kept them. Rows are
     # looked up in an embedding, which needs no copy of it.
     copies = bits * (trained - (size.embedding if full and size.head else 0)) * (bits < 4)
     buckets = 4 * trained * engine.copies_gradients
-    return copies + buckets + matrix, (copies / len(size.layers) if checkpointing else copies) + buckets + matrix
+    return copies + buckets + matrix, (
+        copies / size.config.num_hidden_layers if checkpointing else copies
+    ) + buckets + matrix
 
 
 def _logits(size: ModelSize, full: bool, dtype: torch.dtype, positions: int, device: str, fused_head: bool) -> float:
@@ -460,6 +474,13 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes since `start_peak`: of tensors on a GPU, or of main memory that this process has had."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        with open(
+            "/proc/self/status"
+        ) as file:  # not ru_maxrss, which begins with the peak of the program that started us
+            return 1024 * int(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
+    except OSError:
+        pass
     try:
         import resource
     except ImportError:  # Windows

@@ -13,6 +13,7 @@ import sys
 
 import torch
 from accelerate.state import AcceleratorState
+from torch._subclasses.fake_tensor import FakeTensor
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import finetune  # noqa: E402
@@ -27,7 +28,7 @@ def storages():
     found = {}
     for tensor in tensors:
         tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        if tensor.device.type != "meta":
+        if tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):  # torch.compile keeps some
             storage = tensor.untyped_storage()
             seen = storage if storage.nbytes() < 1e9 else tensor
             found[seen.data_ptr()] = seen.nbytes() if seen is storage else tensor.nbytes

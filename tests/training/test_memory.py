@@ -63,6 +63,29 @@ def test_every_parameter_is_in_one_part(name, tied):
     assert size.head == (0 if tied else size.embedding)
 
 
+SMALL = dict(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+UNUSUAL = {  # other names of layers, no head size, no feed-forward width, no weight in a norm
+    "gpt2": dict(vocab_size=512, n_embd=64, n_layer=2, n_head=4),
+    "falcon": SMALL,
+    "bloom": dict(vocab_size=512, hidden_size=64, n_layer=2, n_head=4),
+    "phi3": {**SMALL, "intermediate_size": 128, "pad_token_id": 0},
+    "mamba2": dict(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16),
+    "gemma3n_text": {},
+    "qwen3_next": {**COMMON, **MIXTURE},
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_a_model_of_any_architecture_is_estimated(name):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[name](**UNUSUAL[name]))
+    size = memory.model_size(model)
+    assert size.base == sum(p.numel() for p in model.parameters())
+    assert len(size.layers) == model.config.num_hidden_layers
+    shorter, longer = (memory.estimate(size, ONE_PROCESS, Mode.FULL, 1, tokens).activations for tokens in (100, 200))
+    assert 0 < shorter < longer
+
+
 def test_the_tower_of_a_vision_checkpoint_is_counted_apart_and_never_trained():
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(memory_table.CONFIGS["Qwen3.5-0.8B"])

@@ -323,7 +323,7 @@ def test_memory_is_that_of_the_adapter_and_a_few_tensors(small_tokenizer, tmp_pa
     size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 14, "vocab_size": 30_000}
     config = transformers.Qwen2Config(**{**SIZE, **size})
     base = pathlib.Path(shutil.copytree(small_tokenizer, tmp_path / "base"))
-    transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(base, max_shard_size="400MB")
+    transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(base, max_shard_size="300MB")
     adapter = train(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     command = [sys.executable, "-c", MEMORY, str(adapter), str(tmp_path / "merged")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -32,9 +32,12 @@ def smollm():
     return demo_model()
 
 
+ADAPTER = ["--use_lora", "--lora_dropout", 0]
+
+
 def argv(model, data, out, *more):
     words = f"--model_name_or_path {model} --data_path {data} --output_dir {out} --save_strategy no --disable_tqdm True"
-    return [*f"{words} --logging_steps 1 --per_device_train_batch_size 4 --lora_dropout 0".split(), *map(str, more)]
+    return [*f"{words} --logging_steps 1 --per_device_train_batch_size 4".split(), *map(str, more)]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +49,12 @@ def memorised(smollm, tmp_path_factory):
         for country, city in zip(CAPITALS[::2], CAPITALS[1::2], strict=True)
     ]
     data = write(folder / "rows.jsonl", rows)
-    options = ["--use_lora", "--lora_r", 16, "--learning_rate", "1e-3", "--num_train_epochs", 12]
+    options = [*ADAPTER, "--lora_r", 16, "--learning_rate", "1e-3", "--num_train_epochs", 12]
     finetune.train(argv(smollm, data, folder / "out", *options))
     return folder / "out", data
 
 
-@pytest.mark.parametrize("mode", [[], ["--use_lora"], ["--q_lora"]], ids=["full", "lora", "qlora"])
+@pytest.mark.parametrize("mode", [[], ADAPTER, [*ADAPTER, "--q_lora"]], ids=["full", "lora", "qlora"])
 def test_training_lowers_the_loss_of_held_out_rows(smollm, tmp_path, mode):
     rows = [json.loads(line) for line in open(ROOT / "data" / "validation.jsonl")][:6]
     held_out = write(tmp_path / "held_out.jsonl", rows)
@@ -68,7 +71,7 @@ def test_padding_free_and_padded_training_have_the_same_curve(smollm, tmp_path):
     data = write(tmp_path / "short.jsonl", map(json.loads, lines))
     for padding_free in ("True", "False"):
         out = tmp_path / padding_free
-        options = ["--use_lora", "--lora_r", 8, "--learning_rate", "1e-3", "--max_steps", 20, "--bf16", "False"]
+        options = [*ADAPTER, "--lora_r", 8, "--learning_rate", "1e-3", "--max_steps", 20, "--bf16", "False"]
         options += ["--per_device_train_batch_size", 2]
         finetune.train(argv(smollm, data, out, *options, "--padding_free", padding_free))
         curves.append(history(out, "loss"))
