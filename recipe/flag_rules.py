@@ -65,7 +65,8 @@ def check_and_complete(
         say(f"--{name} has no effect in this script.")
     _lora(training_args, lora_args, named)
     engines.refuse_unsupported(training_args, lora_args)
-    _folders(model_args, training_args)
+    looking = bool(data_args.preview or data_args.validate_only or data_args.dump_tokens)  # a run may be under way
+    _folders(model_args, training_args, looking)
     _sampling(data_args, training_args)
     _packing(data_args, training_args, named)
     if not {"gradient_checkpointing", "activation_checkpointing"} & set(named):
@@ -117,13 +118,15 @@ def _experts(lora_args: Any) -> None:
         lora_args.lora_dropout = 0.0
 
 
-def _folders(model_args: Any, training_args: Any) -> None:
+def _folders(model_args: Any, training_args: Any, looking: bool) -> None:
     folder = training_args.output_dir
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise UserError(f"--output_dir {folder}: is a file; expected a folder, or a new name.")
     if os.path.realpath(folder) == os.path.realpath(model_args.model_name_or_path):
         raise UserError(f"--output_dir {folder}: is the model to start from; name another folder.")
-    training_args.resume_from_checkpoint = checkpoints.find_checkpoint(training_args.resume_from_checkpoint, folder)
+    training_args.resume_from_checkpoint = checkpoints.find_checkpoint(
+        training_args.resume_from_checkpoint, folder, recover=not looking
+    )
 
 
 def _sampling(data_args: Any, training_args: Any) -> None:

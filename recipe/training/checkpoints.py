@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 from enum import Enum
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from recipe.console import UserError, say
+from recipe.console import UserError, rank, say
 from recipe.distributed import engines
 from recipe.model.base_files import Names
+from recipe.training import staging
 
 COMPLETE = "run.json"  # the record of the run, written last into a checkpoint, when every rank has written its part
 
@@ -232,6 +234,12 @@ def _defaults(argument_classes: tuple[type, ...]) -> dict[str, Any]:
     }
 
 
+def write_record(checkpoint: str, record: dict[str, Any]) -> None:
+    """Mark a checkpoint as complete, which all ranks have written, with the record of its run."""
+    with open(os.path.join(checkpoint, COMPLETE), "w", encoding="utf-8") as file:
+        json.dump(record, file)
+
+
 def record_of(checkpoint: str) -> dict[str, Any]:
     """Return what `describe_run` said of the run that wrote a checkpoint; {} where another program wrote it."""
     path = os.path.join(checkpoint, COMPLETE)
@@ -258,19 +266,36 @@ def recorded_precision(asked: str | None, output_dir: str) -> str | None:
     return next((record["precision"] for record in map(record_of, reversed(folders)) if "precision" in record), None)
 
 
-def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
-    """Return the checkpoint that --resume_from_checkpoint means, or None.
+def find_checkpoint(asked: str | None, output_dir: str, recover: bool = True) -> str | None:
+    """Return the checkpoint that --resume_from_checkpoint means, or None. Every rank must call it, and gets the same.
 
     Args:
-        asked: A folder, "auto" (the newest complete checkpoint of output_dir; from the beginning if there is no
-            checkpoint at all), "True" (the same, but then an error), or None.
+        asked: A folder, "auto" (the newest complete checkpoint of output_dir; from the beginning if there is none),
+            "True" (the same, but then an error), or None.
+        output_dir: Folder of the run.
+        recover: Whether to clear up first what a run has left that was killed while it wrote a checkpoint.
 
     Raises:
-        UserError: There is no such checkpoint.
+        UserError: There is no such checkpoint, or those that there are were damaged later.
     """
-    word = str(asked).lower()
-    if asked is None or word == "false":
+    from accelerate.utils import broadcast_object_list
+
+    found: list[str | None] = [None, None]
+    if asked is None or str(asked).lower() == "false":
         return None
+    if rank() == 0:
+        try:
+            found[0] = _find(asked, output_dir, recover)
+        except UserError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    return found[0]
+
+
+def _find(asked: str, output_dir: str, recover: bool) -> str | None:
+    word = asked.lower()
     if word not in ("true", "auto"):
         if not os.path.exists(os.path.join(asked, TRAINER_STATE_NAME)):
             raise UserError(
@@ -280,14 +305,16 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
         if problem:
             raise UserError(f"--resume_from_checkpoint {asked}: {problem}")
         return asked
+    for name in staging.recover(output_dir) if recover else []:
+        say(f"{output_dir}: {name} was being written when the run ended; that part of it is deleted.")
     folders = _checkpoints(output_dir)
     for folder in reversed(folders):
         problem = why_incomplete(folder)
         if not problem:
             return folder
         say(f"{folder}: left out: {problem}")
-    if word == "auto" and not folders:
-        say(f"{output_dir} holds no checkpoint: training from the beginning.")
+    if word == "auto" and not any(map(record_of, folders)):
+        say(f"{output_dir} holds no complete checkpoint: training from the beginning.")
         return None
     raise UserError(f"--resume_from_checkpoint {asked}: {output_dir} holds no complete checkpoint to resume from.")
 
@@ -309,6 +336,26 @@ def why_incomplete(folder: str) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def rotate(output_dir: str, limit: int | None, newest: str, best: str | None) -> None:
+    """Delete complete checkpoints beyond `limit`: those of an earlier run with more steps first, then the oldest.
+
+    Args:
+        output_dir: Folder of the run.
+        limit: How many to keep (None or 0: all).
+        newest: Name of the checkpoint that was just written, which is kept.
+        best: Path of another one to keep, or None.
+    """
+    if not limit or limit < 0:
+        return
+    names = [os.path.basename(folder) for folder in _checkpoints(output_dir) if record_of(folder)]
+    kept = {newest, os.path.basename(best or newest)}
+    later = names[names.index(newest) + 1 :]
+    others = [name for name in later + names if name not in kept]
+    for name in list(dict.fromkeys(others))[: max(0, len(names) - max(limit, len(kept)))]:
+        staging.discard(output_dir, name)
+    shutil.rmtree(os.path.join(output_dir, staging.SAVING), ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,17 +15,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from recipe.console import UserError
 from recipe.dataset import mixing, packing
-from recipe.distributed import engines
+from recipe.distributed import engines, weights
 from recipe.model import experts, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
-from recipe.training import answers, checkpoints, checks
+from recipe.training import answers, checkpoints, checks, staging
 from recipe.training.throughput import Throughput
 
 BEST = "best"  # folder in the output folder with the weights of the lowest evaluation loss
@@ -75,6 +75,7 @@ class RecipeTrainer(transformers.Trainer):
         self.balancing = 0.0 if hasattr(model, "peft_config") else experts.balancing_weight(model.config)
         self.best_loss = self._recorded_best()
         self._eval_sums = self._file_sums = None
+        self._run_dir: str | None = None  # where a checkpoint is being written
         self.throughput = Throughput(self)
         self.add_callback(checks.SelfChecks(self))
         self.add_callback(self.throughput)
@@ -206,11 +207,12 @@ class RecipeTrainer(transformers.Trainer):
         if not metrics["eval_loss"] < self.best_loss:
             return
         self.best_loss = metrics["eval_loss"]
-        folder = os.path.join(self.args.output_dir, BEST)
+        folder = os.path.join(staging.unfinished(self.args.output_dir), BEST)
         self.save_model(folder, _internal_call=True)
         if self.args.should_save:
             with open(os.path.join(folder, BEST_METRICS), "w", encoding="utf-8") as file:
                 json.dump({"eval_loss": self.best_loss, "step": self.state.global_step}, file)
+        self._publish(self.args.output_dir, BEST)
 
     def _recorded_best(self) -> float:
         """Return the lowest loss of the run that is resumed, so that `best` is replaced by something better only."""
@@ -248,6 +250,8 @@ class RecipeTrainer(transformers.Trainer):
     def rehearse(self) -> None:
         """Write and check a small copy through the path of all saves, so that no run fails at its last line."""
         folder = os.path.join(self.args.output_dir, ".rehearsal")
+        if self.args.should_save:
+            staging.recover(self.args.output_dir)
         self.save(self, folder, 1)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -273,14 +277,45 @@ class RecipeTrainer(transformers.Trainer):
                 os.remove(path)  # else whoever loads the folder would find both and take one
         super()._save(output_dir, state_dict)
         model.generation_config.save_pretrained(output_dir)
+        for path in glob.glob(os.path.join(glob.escape(output_dir), "*.safetensors")):
+            shutil.copymode(os.path.join(output_dir, GENERATION_CONFIG_NAME), path)  # safetensors lets nobody else read
         if adapter and rope.is_extended(model.config.get_text_config()):
             model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
 
+    def _get_output_dir(self, trial):
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._run_dir:  # else its folder will move while it is pushed
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _save_checkpoint(self, model, trial):
-        """Write a checkpoint, marked as complete when every rank has written its part."""
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint beside its place, which it takes when every rank has written its part."""
+        output_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._run_dir = staging.unfinished(output_dir)
+        folder, place = os.path.join(self._run_dir, name), os.path.join(output_dir, name)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._run_dir = None
+        if self.state.best_model_checkpoint == folder:
+            self.state.best_model_checkpoint = place
         if self.args.should_save:
-            folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            with open(os.path.join(folder, checkpoints.COMPLETE), "w", encoding="utf-8") as file:
-                json.dump(self.record, file)
+            self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+            checkpoints.write_record(folder, self.record)
+        self._publish(output_dir, name)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(place)
+
+    def _publish(self, output_dir, name):
+        """Let a folder take its place when all ranks have written their parts; every rank learns if it cannot."""
+        self.accelerator.wait_for_everyone()
+        problem = None
+        if self.args.should_save:
+            try:
+                staging.publish(output_dir, name)
+                if name != BEST:
+                    checkpoints.rotate(output_dir, self.args.save_total_limit, name, self.state.best_model_checkpoint)
+            except OSError as error:
+                problem = f"{os.path.join(output_dir, name)}: cannot be saved: {error}"
+        weights.raise_on_all_ranks(problem)
