@@ -99,7 +99,7 @@ def test_a_run_over_packed_rows_is_resumed_where_it_ended(tiny_model, tmp_path):
         (tmp_path / "part" / name).unlink(missing_ok=True)
     finetune.train([*part, "--resume_from_checkpoint", str(tmp_path / "part" / "checkpoint-3")])
     assert history(tmp_path / "part", "loss") == pytest.approx(history(tmp_path / "whole", "loss"), rel=1e-6)
-    with pytest.raises(UserError, match="rows a step changed"):
+    with pytest.raises(UserError, match=r"--pack_tokens .300 then, 400 now."):
         finetune.train([*part, "--pack_tokens", "400", "--resume_from_checkpoint", "auto"])
 
 

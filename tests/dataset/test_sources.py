@@ -308,15 +308,8 @@ def test_eager_lazy_and_packed_rows_are_drawn_by_weight(tiny_model, tmp_path, mo
     from recipe.dataset import mixing, packing, tokenised
 
     monkeypatch.setattr(tokenised, "SCAN", 5)
-    words = [
-        "--model_name_or_path",
-        str(tiny_model),
-        "--data_path",
-        *weighted(tmp_path),
-        "--model_max_length",
-        "64",
-        *lazy,
-    ]
+    words = ["--model_name_or_path", str(tiny_model), "--data_path", *weighted(tmp_path), *lazy]
+    words += ["--model_max_length", "256"]
     _, data_args, training_args, _ = finetune.parse(words)
     encoder = ChatEncoder(transformers.AutoTokenizer.from_pretrained(tiny_model))
     dataset, _ = finetune.make_datasets(data_args, training_args, encoder)
