@@ -129,6 +129,9 @@ class DataArguments:
     train_empty_answers: bool = flag(
         True, "Learn answers without any text, which teaches the model to stop at once; False uses them as context."
     )
+    chat_template_kwargs: dict | None = flag(
+        None, "Variables for the chat template, as JSON; those of a record (chat_template_kwargs) win."
+    )
 
 
 @dataclass
@@ -521,7 +524,13 @@ def run(model_args, data_args, training_args, lora_args):
     transformers.set_seed(training_args.seed)
     tokenizer = pretrained(model_args, training_args).tokenizer()
     try:
-        encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking, data_args.train_empty_answers)
+        encoder = ChatEncoder(
+            tokenizer,
+            data_args.train_on,
+            data_args.thinking,
+            data_args.train_empty_answers,
+            data_args.chat_template_kwargs or {},
+        )
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args, data_args.pack_tokens)
