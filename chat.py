@@ -37,7 +37,7 @@ def talk(args: argparse.Namespace) -> None:
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(start)
     try:
-        encoder = ChatEncoder(tokenizer, thinking=args.thinking)
+        encoder = ChatEncoder(tokenizer, thinking=args.thinking, template_kwargs=args.chat_template_kwargs)
         print("Your turn. An empty line starts a new conversation, Ctrl-D ends.")
         while (text := _line()) is not None:
             if not text.strip():

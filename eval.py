@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     quantize = nf4 if args.q_lora else None
     model, tokenizer = loading.load(args.model_name_or_path, quantize=quantize, **command_line.model_options(args))
     try:
-        encoder = ChatEncoder(tokenizer, thinking=args.thinking)
+        encoder = ChatEncoder(tokenizer, thinking=args.thinking, template_kwargs=args.chat_template_kwargs)
         found = answers.measure(
             model, encoder, chosen, args.max_new_tokens, args.batch_size, metric, args.model_max_length
         )

@@ -103,6 +103,8 @@ class DataArguments:
         'Assistant turns to learn: all_turns or last_turn. A message with "train": false is never learnt.')
     train_empty_answers: bool = flag(True,
         "Learn answers without any text, which teaches the model to stop at once; False uses them as context.")
+    chat_template_kwargs: dict | None = flag(None,
+        "Variables for the chat template, as JSON; those of a record (chat_template_kwargs) win.")
 
 
 @dataclass
@@ -341,25 +343,15 @@ def add_adapter(
         whole = list(lora_args.modules_to_save or [])  # a copy, as peft changes it
         routed = experts.lora_options(model, r, alpha, lora_args.use_rslora) if lora_args.lora_experts else {}
         with adapter.errors(model), experts.whole_shapes(model):
-            adapted = peft.get_peft_model(
-                model,
-                peft.LoraConfig(
-                    task_type="CAUSAL_LM",
-                    r=r,
-                    lora_alpha=alpha,
-                    lora_dropout=lora_args.lora_dropout,
-                    target_modules=adapter.targets(model, lora_args.lora_target_modules),
-                    bias=lora_args.lora_bias,
-                    use_rslora=lora_args.use_rslora,
-                    use_dora=lora_args.use_dora,
-                    modules_to_save=whole or None,
-                    # Else a head that shares its weight with the embeddings would be trained apart from them.
-                    ensure_weight_tying=adapter.have_shared_weight(model, whole),
-                    init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
-                    trainable_token_indices=lora_args.trainable_token_indices,
-                    **routed,
-                ),
-            )
+            adapted = peft.get_peft_model(model, peft.LoraConfig(
+                task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=lora_args.lora_dropout, bias=lora_args.lora_bias,
+                target_modules=adapter.targets(model, lora_args.lora_target_modules), modules_to_save=whole or None,
+                use_rslora=lora_args.use_rslora, use_dora=lora_args.use_dora,
+                # Else a head that shares its weight with the embeddings would be trained apart from them.
+                ensure_weight_tying=adapter.have_shared_weight(model, whole),
+                init_lora_weights={"true": True, "false": False}.get(start.lower(), start),
+                trainable_token_indices=lora_args.trainable_token_indices, **routed,
+            ))  # fmt: skip
         experts.hand_over_factors(adapted)
     precision.trainable_to_float32(adapted)
     if (training_args.bf16 or training_args.fp16) and not training_args.deepspeed:  # these compute under autocast
@@ -437,7 +429,8 @@ def run(
     transformers.set_seed(training_args.seed)
     tokenizer = pretrained(model_args, training_args).tokenizer()
     try:
-        encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking, data_args.train_empty_answers)
+        encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking, data_args.train_empty_answers,
+                              data_args.chat_template_kwargs or {})  # fmt: skip
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     config = load_config(model_args, training_args, data_args.pack_tokens)  # settles model_max_length for the rows

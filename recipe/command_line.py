@@ -444,6 +444,9 @@ def add_model_flags(parser: argparse.ArgumentParser, thinking: Sequence[str]) ->
     parser.add_argument("--q_lora", **switch, help="Hold the base model in 4 bits (NF4). Default False.")
     parser.add_argument("--chat_template", help="Jinja file to use instead of the model's own chat template.")
     parser.add_argument(
+        "--chat_template_kwargs", type=_json_object, default={}, help="Variables for the chat template, as JSON."
+    )
+    parser.add_argument(
         "--thinking", choices=thinking, default=thinking[0], help=f"As in training. Default {thinking[0]}."
     )
     parser.add_argument("--trust_remote_code", **switch, help="Run code that comes with the model. Default False.")

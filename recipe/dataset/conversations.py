@@ -20,7 +20,17 @@ import numpy as np
 
 from recipe.console import UserError
 from recipe.dataset.files import Records, value_in_words
-from recipe.dataset.messages import EMPTY, FIELDS, Message, field, json_list, to_message, to_tools, unused_fields
+from recipe.dataset.messages import (
+    EMPTY,
+    FIELDS,
+    Message,
+    field,
+    json_list,
+    parsed,
+    to_message,
+    to_tools,
+    unused_fields,
+)
 from recipe.dataset.mixing import Mixture
 from recipe.dataset.shapes import BARE_LIST, RECORD_FIELDS, Shape, shape_of
 from recipe.dataset.sources import Source, parse_sources
@@ -30,10 +40,11 @@ MEDIA_MARKER = re.compile(r"<(image|img|video|audio)>")
 
 
 class Conversation(TypedDict):
-    """Messages in their order, a system message only as the first, and the tools that the model may call."""
+    """Messages in their order, a system message only as the first, and what else goes into the chat template."""
 
     messages: list[Message]
     tools: NotRequired[list[dict]]
+    chat_template_kwargs: NotRequired[dict[str, Any]]
 
 
 def to_conversation(record: Any, where: str, columns: Mapping[str, str] | None = None) -> Conversation:
@@ -75,6 +86,11 @@ def read_record(record: Any, where: str, columns: Mapping[str, str] | None = Non
     tools = field(record, "tools", RECORD_FIELDS, where)
     if tools and (described := to_tools(tools, where)):
         conversation["tools"] = described
+    variables = field(record, "chat_template_kwargs", RECORD_FIELDS, where)
+    if variables and (variables := parsed(variables, f"{where}: 'chat_template_kwargs'")):
+        if not isinstance(variables, dict):
+            raise UserError(f"{where}: 'chat_template_kwargs' must be an object, found {value_in_words(variables)}.")
+        conversation["chat_template_kwargs"] = variables
     return conversation, unused
 
 

@@ -29,7 +29,7 @@ knows thoughts they are the same. What happens to it depends on `thinking` and o
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -64,6 +64,7 @@ class Note(StrEnum):
     NO_USER = "with a turn before any user message, used as context only"
     OPENED = "with a thought that </think> ends and no <think> begins, which was added"
     EMPTY = "with an empty answer, which teaches to stop at once (--train_empty_answers False leaves it out)"
+    UNREAD = "with chat_template_kwargs that the chat template does not read"
     CONTROL_TEXT = (
         "with control tokens of this model in a text, where they stay text; remove them if they are a template"
     )
@@ -100,6 +101,7 @@ class ChatEncoder:
         train_on: which assistant turns are supervised, of those whose message does not say `"train": false`.
         thinking: what happens to thoughts; see the table above.
         train_empty_answers: whether an answer without text, thought and calls is learnt; if not it is context.
+        template_kwargs: variables for the chat template. Those of a conversation win, and both win over `thinking`.
     Attributes:
         stop_token, stop_id: what ends an assistant turn in this template, as text and as id.
     Raises:
@@ -110,6 +112,7 @@ class ChatEncoder:
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     thinking: Literal["auto", "keep", "strip", "empty"] = "auto"
     train_empty_answers: bool = True
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -118,8 +121,8 @@ class ChatEncoder:
             raise ValueError("the tokenizer has no chat template; start from a chat model or set --chat_template")
         self.backend = self.tokenizer.backend_tokenizer
         self._control_text = ControlText(self.tokenizer)
-        self._template = ChatTemplate(self.tokenizer, self._control_text)
-        self.stop_token = self._template.stop_token
+        self.template = ChatTemplate(self.tokenizer, self._control_text, self.template_kwargs)
+        self.stop_token = self.template.stop_token
         self.stop_id = self.tokenizer.convert_tokens_to_ids(self.stop_token)
         self._byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__()) if self.backend.decoder else False
         self._header_ids: dict[str, list[int]] = {}
@@ -127,8 +130,8 @@ class ChatEncoder:
     def fingerprint(self) -> str:
         """Return a text that changes when the same conversation would be encoded differently, for caches of tokens."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tokenizer"}
-        template, tokens = self.tokenizer.chat_template, self.tokenizer.special_tokens_map
-        return json.dumps([self.backend.to_str(), template, tokens, settings], default=str, sort_keys=True)
+        used = [self.template.source, self.template.opening, self.tokenizer.special_tokens_map]  # a date in the opening
+        return json.dumps([self.backend.to_str(), *used, settings], default=str, sort_keys=True)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Conversation -> documents of text, with the character spans of the answers
@@ -171,13 +174,16 @@ class ChatEncoder:
         messages, tools = conversation["messages"], conversation.get("tools")
         self._refuse_what_is_left_out(messages, tools)
         opened = [_with_opened_thought(message) for message in messages]
-        rendering = _Rendering(*self._control_text.neutralise([self._with_thought(m) for m in opened], tools))
+        neutral = self._control_text.neutralise([self._with_thought(message) for message in opened], tools)
+        rendering = _Rendering(self.template, *neutral, conversation.get("chat_template_kwargs", {}))
         supervised = self._supervised_turns(opened, rendering.notes)
         if any(message is not own for message, own in zip(opened, messages, strict=True)):
             rendering.notes.append(Note.OPENED)
         if rendering.sentinel:
             rendering.notes.append(Note.CONTROL_TEXT)
-        if self.thinking == "auto" and not self._template.knows_thoughts:
+        if self.template.unread(rendering.kwargs):
+            rendering.notes.append(Note.UNREAD)
+        if self.thinking == "auto" and not self.template.knows_thoughts:
             if any(messages[i].get("reasoning_content", "").strip() for i in supervised):
                 rendering.notes.append(Note.NO_THOUGHT)
         first_user = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
@@ -203,7 +209,7 @@ class ChatEncoder:
     def _refuse_what_is_left_out(self, messages: Sequence[Message], tools: list | None) -> None:
         present = {name for message in messages for name in (message["role"], *message)}
         present |= {"tools"} if tools else set()
-        for part in sorted(present & self._template.left_out):
+        for part in sorted(present & self.template.left_out):
             raise ValueError(
                 f"the chat template has no place for {_PARTS[part]} and would leave it out; use a template that has "
                 "one (--chat_template), or remove it from the data"
@@ -218,11 +224,11 @@ class ChatEncoder:
         inline = _THOUGHT.match(content)
         if self.thinking in ("strip", "empty"):
             content, thought = content[inline.end() :] if inline else content, ""
-        elif not self._template.knows_thoughts:
+        elif not self.template.knows_thoughts:
             if self.thinking == "keep" and thought.strip():
                 content = f"<think>\n{thought}\n</think>\n\n{content}"
             thought = ""
-        elif inline and not self._template.finds_thoughts and not thought.strip():
+        elif inline and not self.template.finds_thoughts and not thought.strip():
             content, thought = content[inline.end() :], inline.group(1).strip()
         changed["content"] = content
         return changed | {"reasoning_content": thought} if thought.strip() else changed
@@ -239,21 +245,21 @@ class ChatEncoder:
         if i in rendering.prompts:
             return rendering.prompts[i]
         has_thought = bool(_thought_of(rendering.messages[i]))
-        mode = ENABLE_THINKING[self.thinking][has_thought] if self._template.has_switch else None
-        prompt = self._template.render(rendering.messages[:i], rendering.tools, prompt=True, thinking=mode)
-        if mode is None and self._template.has_switch and prompt.rstrip().endswith("<think>"):
+        mode = ENABLE_THINKING[self.thinking][has_thought] if self.template.has_switch else None
+        prompt = rendering.render(i, prompt=True, thinking=mode)
+        if mode is None and self.template.has_switch and prompt.rstrip().endswith("<think>"):
             mode = False
-            prompt = self._template.render(rendering.messages[:i], rendering.tools, prompt=True, thinking=mode)
+            prompt = rendering.render(i, prompt=True, thinking=mode)
         rendering.prompts[i] = prompt, mode
         return prompt, mode
 
     def _one_document(self, rendering: "_Rendering") -> "_Document | None":
         """Render one document with all supervised turns; None if that is not what serving sees before each."""
         _, mode = self._prompt(rendering, rendering.supervised[0])
-        text, spans = self._template.render(rendering.messages, rendering.tools, thinking=mode), list[tuple[int, int]]()
+        text, spans = rendering.render(thinking=mode), list[tuple[int, int]]()
         for i in rendering.supervised:
             prompt, own_mode = self._prompt(rendering, i)
-            stops = self._template.stops_earlier_turns or i + 1 == len(rendering.messages)
+            stops = self.template.stops_earlier_turns or i + 1 == len(rendering.messages)
             if own_mode != mode or not text.startswith(prompt) or not stops:
                 return None
             start, end = len(prompt), self._answer_end(text, len(prompt), i)
@@ -276,14 +282,14 @@ class ChatEncoder:
         if i + 1 == len(rendering.messages) or not rendering.messages[i].get("tool_calls"):
             return True
         prompt, mode = self._prompt(rendering, i)
-        alone = self._template.render(rendering.messages[: i + 1], rendering.tools, thinking=mode)
+        alone = rendering.render(i + 1, thinking=mode)
         return (alone.rpartition(self.stop_token)[0] + self.stop_token).endswith(text[len(prompt) :])
 
     def _document_of_turn(self, rendering: "_Rendering", i: int) -> "_Document":
         """Render one supervised turn as serving would see it: nothing after it exists yet."""
         message = rendering.messages[i]
         prompt, mode = self._prompt(rendering, i)
-        text = self._template.render(rendering.messages[: i + 1], rendering.tools, thinking=mode)
+        text = rendering.render(i + 1, thinking=mode)
         if not text.startswith(prompt):
             text = prompt + self._after_header(rendering, i, text)
         start, end = len(prompt), self._answer_end(text, len(prompt), i)
@@ -306,7 +312,7 @@ class ChatEncoder:
         assistant turn follows.
         """
         prompt, mode = self._prompt(rendering, i)
-        header = prompt.removeprefix(self._template.render(rendering.messages[:i], rendering.tools, thinking=mode))
+        header = prompt.removeprefix(rendering.render(i, thinking=mode))
         opening = self._control_text.special.match(header)
         last = text[text.rfind(opening.group()) :] if opening else ""
         for begin in (header, re.sub(_EMPTY_THOUGHT.pattern + "$", "", header)):
@@ -323,7 +329,7 @@ class ChatEncoder:
         if not empty or (thought and thought in answer):
             return 0
         as_text = (
-            self.thinking != "auto" or not self._template.knows_thoughts
+            self.thinking != "auto" or not self.template.knows_thoughts
         )  # then an empty thought in the data is learnt
         return 0 if as_text and _EMPTY_THOUGHT.match(message["content"].lstrip()) else empty.end()
 
@@ -468,13 +474,25 @@ class _Rendering:
     prompts: {turn: (text, enable_thinking)}; answers: the (turn, text, ids) that were labelled; turns count from 0.
     """
 
-    def __init__(self, messages: list[dict[str, Any]], tools: list | None, sentinel: str | None):
-        self.messages, self.tools, self.sentinel = messages, tools, sentinel
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        tools: list | None,
+        sentinel: str | None,
+        kwargs: Mapping[str, Any],
+    ):
+        self.messages, self.sentinel, self.kwargs = messages, sentinel, kwargs
+        self._template, self._tools = template, tools
         self.supervised: list[int] = []
         self.prompts: dict[int, tuple[str, bool | None]] = {}
         self.documents: list[_Document] = []
         self.answers: list[tuple[int, str, list[int]]] = []
         self.notes: list[Note] = []
+
+    def render(self, end: int | None = None, prompt: bool = False, thinking: bool | None = None) -> str:
+        """Render the messages before `end` (None: all); see `ChatTemplate.render`."""
+        return self._template.render(self.messages[:end], self._tools, prompt, thinking, self.kwargs)
 
     def labelled(self, document: _Document, ids: list[int], spans: Sequence[tuple[int, int] | None]) -> Document:
         """Label a document, up to its last answer that has a span of tokens."""

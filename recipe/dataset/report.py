@@ -9,7 +9,7 @@ import numpy as np
 
 from recipe import console
 from recipe.console import UserError, say
-from recipe.dataset.encoding import IGNORE_INDEX, Document
+from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Document
 from recipe.dataset.tokenised import Dropped
 
 COLOUR, END = "\033[30;42m", "\033[0m"  # black on green, and back
@@ -36,6 +36,7 @@ def inspect(data_args: Any, tokenizer: Any, datasets: dict[str, Any]) -> bool:
         if data_args.preview:
             show(datasets["training"], tokenizer, data_args.preview)
         if data_args.validate_only:
+            say(f"chat template: {template(datasets['training'].tokeniser.encoder)}")
             for name, dataset in datasets.items():
                 say(f"{name} rows: {rows(dataset)}")
             say("verdict: the data can be trained; every label was read back and compared with its turn.")
@@ -80,6 +81,20 @@ def dump(dataset: Any, path: str) -> None:
             source = dataset.conversations.where(dataset.kept[index])
             for document in dataset[index]:
                 file.write(json.dumps({**document, "source": source}) + "\n")
+
+
+def template(encoder: ChatEncoder) -> str:
+    """Describe what the chat template writes by itself, and how a date in it can be kept."""
+    text = f"a conversation begins with {encoder.template.opening!r:.500}"
+    if encoder.template_kwargs:
+        text += f"; with {json.dumps(encoder.template_kwargs)}"
+    if today := encoder.template.today():
+        date, variable = today
+        remedy = "use a template without strftime_now (--chat_template)"
+        if variable:
+            remedy = f"add --chat_template_kwargs '{json.dumps({variable: date})}'"
+        text += f"; this holds today's date, {date}, so tokens are made anew each day: to keep it, {remedy}"
+    return text
 
 
 def rows(dataset: Any) -> str:

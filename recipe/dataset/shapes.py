@@ -67,6 +67,7 @@ MESSAGE_LISTS = ("prompt", "completion")  # of a pair's fields, those that may b
 RECORD_FIELDS = {  # fields that a record of any shape may have, and their spellings
     "system": ("system", "system_prompt"),
     "tools": ("tools", "functions"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
 }
 
 

@@ -32,6 +32,7 @@ def describe(trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_arg
     facts = {
         "model": _model(model, compute_dtype),
         "trained": _trained(model, args, lora_args),
+        "chat template": report.template(_conversations(trainer).tokeniser.encoder),
         "training rows": report.rows(_conversations(trainer)),
     }
     linear = linear_attention.describe(model, args.device)

@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 
 from demo import demo_model
 from helpers import TEMPLATES, template
+from recipe.dataset import report
 from recipe.dataset.conversations import to_conversation
 from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Note
 
@@ -676,3 +677,84 @@ def test_a_conversation_of_128_turns_and_12000_tokens_takes_few_times_its_tokeni
     taken, encoded = seconds(lambda: encoder.encode({"messages": messages}))
     assert 11_000 < len(reference) < 14_000 and len(encoded.documents[0]["turns"]) == 64
     assert taken < max(0.060, 5 * alone)  # about 0.05 s; on a busy machine both take longer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Variables of a template
+
+
+def learnt_texts(tokenizer, documents):
+    return [marked(tokenizer, document) for document in documents]
+
+
+def test_variables_go_into_every_rendering_and_into_the_fingerprint(tokenizer_of):
+    tokenizer, messages = tokenizer_of("qwen3_8"), thoughts(THREE, "reasoning_content")
+    texts, keys = {}, set()
+    for effort in ("xhigh", "medium", "low"):
+        encoder = ChatEncoder(tokenizer, template_kwargs={"reasoning_effort": effort})
+        texts[effort] = learnt_texts(tokenizer, encoder.encode({"messages": messages}).documents)
+        prompt = tokenizer.apply_chat_template(
+            messages[:1], add_generation_prompt=True, tokenize=False, enable_thinking=True, reasoning_effort=effort
+        )
+        assert texts[effort][0].replace("⟦", "").startswith(prompt)
+        keys.add(encoder.fingerprint())
+    assert all("set to low" in text for text in texts["low"]) and "effort" not in "".join(texts["medium"])
+    assert texts["xhigh"] == learnt_texts(tokenizer, ChatEncoder(tokenizer).encode({"messages": messages}).documents)
+    assert len(keys | {ChatEncoder(tokenizer).fingerprint()}) == 4
+
+
+def test_variables_of_a_record_win(tokenizer_of):
+    tokenizer = tokenizer_of("qwen3_8")
+    encoder = ChatEncoder(tokenizer, template_kwargs={"reasoning_effort": "low"})
+    record = {"messages": thoughts(ONE, "reasoning_content"), "chat_template_kwargs": {"reasoning_effort": "medium"}}
+    own = encoder.encode(to_conversation(record, "here")).documents
+    medium = ChatEncoder(tokenizer, template_kwargs={"reasoning_effort": "medium"})
+    assert own == medium.encode({"messages": record["messages"]}).documents
+    as_text = {**record, "chat_template_kwargs": json.dumps(record["chat_template_kwargs"])}
+    assert encoder.encode(to_conversation(as_text, "here")).documents == own
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_enable_thinking_as_a_variable_wins_over_the_mode(tokenizer_of, explicit):
+    tokenizer = tokenizer_of("qwen3")
+    by_all = ChatEncoder(tokenizer, template_kwargs={"enable_thinking": explicit}).encode({"messages": PLAIN_ONE})
+    by_row = ChatEncoder(tokenizer).encode(
+        {"messages": PLAIN_ONE, "chat_template_kwargs": {"enable_thinking": explicit}}
+    )
+    expected = ONE_PLAIN if explicit else ONE_PLAIN_AFTER_NONE
+    assert learnt_texts(tokenizer, by_all.documents) == learnt_texts(tokenizer, by_row.documents) == expected
+
+
+def test_variables_that_the_template_does_not_read_are_refused_or_noted(tokenizer_of):
+    tokenizer = tokenizer_of("qwen2_5")
+    with pytest.raises(ValueError, match="the chat template does not read 'reasoning_efort'"):
+        ChatEncoder(tokenizer, template_kwargs={"reasoning_efort": "low"})
+    with pytest.raises(ValueError, match="'tokenize' is no variable of a template"):
+        ChatEncoder(tokenizer, template_kwargs={"tokenize": True})
+    encoded = ChatEncoder(tokenizer).encode({"messages": ONE, "chat_template_kwargs": {"enable_thinking": False}})
+    assert encoded.notes == [Note.UNREAD]
+    assert encoded.documents == ChatEncoder(tokenizer).encode({"messages": ONE}).documents
+
+
+def test_a_template_that_prints_the_date_is_noticed_and_its_date_can_be_kept(tokenizer_of):
+    import datetime
+
+    tokenizer = copy.copy(tokenizer_of("llama3"))
+    tokenizer.chat_template = template("llama3_2")
+    encoder = ChatEncoder(tokenizer)
+    today = datetime.datetime.now().strftime("%d %b %Y")
+    assert encoder.template.today() == (today, "date_string") and today in encoder.fingerprint()
+    told = report.template(encoder)
+    assert f"""add --chat_template_kwargs '{{"date_string": "{today}"}}'""" in told
+    kept = ChatEncoder(tokenizer, template_kwargs={"date_string": "26 Jul 2024"})
+    assert kept.template.today() is None and "26 Jul 2024" in kept.template.opening
+    (document,) = kept.encode({"messages": ONE}).documents
+    assert "26 Jul 2024" in tokenizer.decode(document["input_ids"]) and today not in kept.fingerprint()
+    assert ChatEncoder(tokenizer_of("qwen2_5")).template.today() is None
+
+
+def test_what_a_template_writes_by_itself_is_told(tokenizer_of):
+    assert "You are Qwen, created by Alibaba Cloud" in report.template(ChatEncoder(tokenizer_of("qwen2_5")))
+    assert "Reasoning effort is set to xhigh" in report.template(ChatEncoder(tokenizer_of("qwen3_8")))
+    low = report.template(ChatEncoder(tokenizer_of("qwen3_8"), template_kwargs={"reasoning_effort": "low"}))
+    assert "set to low" in low and """with {"reasoning_effort": "low"}""" in low
