@@ -178,6 +178,7 @@ def start_all(visible: int, words: Sequence[str], launcher: str) -> NoReturn:
         UserError: an environment variable is missing or wrong, or another machine does not come.
         SystemExit: with the exit code of the process that failed first; torch.distributed.run's own is always 1.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -187,6 +188,8 @@ def start_all(visible: int, words: Sequence[str], launcher: str) -> NoReturn:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         raise SystemExit(code if code > 0 else 128 - code) from None  # for a signal, what shells give
+    except SignalException as error:  # this process was asked to end, and has passed that on
+        raise SystemExit(128 + error.sigval) from None
     raise SystemExit(0)
 
 
