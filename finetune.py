@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from recipe import flag_rules
+from recipe import flag_rules, flag_trials
 from recipe.command_line import flag
 from recipe.console import UserError, say
 from recipe.dataset import encoding, packing, report, tokenised
@@ -426,6 +426,7 @@ def run(
     """Train and save; return the Trainer's metrics. A mistake is a UserError, if possible before the weights load."""
     if training_args.device.type == "cpu":
         precision.choose_float32()
+    flag_trials.try_flags(model_args, data_args, training_args, lora_args)
     transformers.set_seed(training_args.seed)
     tokenizer = pretrained(model_args, training_args).tokenizer()
     try:

@@ -157,7 +157,9 @@ def _hub(args: Any) -> None:
                 huggingface_hub.utils.validate_repo_id(args.hub_model_id)
             token = args.hub_token or huggingface_hub.get_token()
             if not token:
-                raise UserError("--push_to_hub: there is no token of the hub; run 'hf auth login', or give --hub_token.")
+                raise UserError(
+                    "--push_to_hub: there is no token of the hub; run 'hf auth login', or give --hub_token."
+                )
             huggingface_hub.HfApi(token=token).whoami()
 
 

@@ -38,6 +38,7 @@ from jinja2 import TemplateError
 from recipe.dataset.chat_template import ChatTemplate
 from recipe.dataset.control_text import ControlText, pieces
 from recipe.dataset.conversations import Conversation, Message
+from recipe.dataset.thoughts import EMPTY_THOUGHT, THOUGHT, is_empty, thought_of, with_opened_thought
 
 IGNORE_INDEX = -100
 THINKING = ("auto", "keep", "strip", "empty")
@@ -47,10 +48,6 @@ ENABLE_THINKING = {  # what serving passes for a turn (without, with) a thought 
     "strip": (None, None),
     "empty": (False, False),
 }
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\n{0,2}")
-# A </think> that no <think> precedes ends a thought, unless it is written like a word in a sentence.
-_UNOPENED = re.compile(r"""(?:(?<![ \t`'"(])</think>|</think>(?=[ \t]*(?:\n|$)))""")
 _PARTS = {"system": "system messages", "tools": "the list of tools", "tool_calls": "tool calls", "tool": "tool results"}
 _HEADER = 200  # characters before an answer that are searched for the control token that begins its header
 _KNOWN_HEADERS = 100  # ids of headers that are remembered; a template has a handful
@@ -173,7 +170,7 @@ class ChatEncoder:
         """Render a conversation: as one document if that is what serving sees, else one for each supervised turn."""
         messages, tools = conversation["messages"], conversation.get("tools")
         self._refuse_what_is_left_out(messages, tools)
-        opened = [_with_opened_thought(message) for message in messages]
+        opened = [with_opened_thought(message) for message in messages]
         neutral = self._control_text.neutralise([self._with_thought(message) for message in opened], tools)
         rendering = _Rendering(self.template, *neutral, conversation.get("chat_template_kwargs", {}))
         supervised = self._supervised_turns(opened, rendering.notes)
@@ -201,7 +198,7 @@ class ChatEncoder:
         supervised = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
         if self.train_on == "last_turn":
             supervised = supervised[-1:]
-        empty = [i for i in supervised if _is_empty(messages[i])]
+        empty = [i for i in supervised if is_empty(messages[i])]
         if empty and self.train_empty_answers:
             notes.append(Note.EMPTY)
         return supervised if self.train_empty_answers else [i for i in supervised if i not in empty]
@@ -221,7 +218,7 @@ class ChatEncoder:
         if message["role"] != "assistant":
             return changed
         content, thought = message["content"], changed.pop("reasoning_content", None) or ""
-        inline = _THOUGHT.match(content)
+        inline = THOUGHT.match(content)
         if self.thinking in ("strip", "empty"):
             content, thought = content[inline.end() :] if inline else content, ""
         elif not self.template.knows_thoughts:
@@ -244,7 +241,7 @@ class ChatEncoder:
         """Render the prompt of turn i; also returns the enable_thinking with which serving would get this turn."""
         if i in rendering.prompts:
             return rendering.prompts[i]
-        has_thought = bool(_thought_of(rendering.messages[i]))
+        has_thought = bool(thought_of(rendering.messages[i]))
         mode = ENABLE_THINKING[self.thinking][has_thought] if self.template.has_switch else None
         prompt = rendering.render(i, prompt=True, thinking=mode)
         if mode is None and self.template.has_switch and prompt.rstrip().endswith("<think>"):
@@ -315,7 +312,7 @@ class ChatEncoder:
         header = prompt.removeprefix(rendering.render(i, thinking=mode))
         opening = self._control_text.special.match(header)
         last = text[text.rfind(opening.group()) :] if opening else ""
-        for begin in (header, re.sub(_EMPTY_THOUGHT.pattern + "$", "", header)):
+        for begin in (header, re.sub(EMPTY_THOUGHT.pattern + "$", "", header)):
             if last.startswith(begin):
                 return last[len(begin) :]
         reason = "an answer that does not follow its prompt"
@@ -325,17 +322,17 @@ class ChatEncoder:
 
     def _inserted_thought(self, message: dict[str, Any], answer: str) -> int:
         """Return the length of an empty thought with which the template, and not the data, begins the answer."""
-        empty, thought = _EMPTY_THOUGHT.match(answer), _thought_of(message)
+        empty, thought = EMPTY_THOUGHT.match(answer), thought_of(message)
         if not empty or (thought and thought in answer):
             return 0
         as_text = (
             self.thinking != "auto" or not self.template.knows_thoughts
         )  # then an empty thought in the data is learnt
-        return 0 if as_text and _EMPTY_THOUGHT.match(message["content"].lstrip()) else empty.end()
+        return 0 if as_text and EMPTY_THOUGHT.match(message["content"].lstrip()) else empty.end()
 
     def _contains_message(self, message: dict[str, Any], answer: str, without_thought: bool = False) -> bool:
         """Return whether a rendered answer has the message's thought (or none), then its text, and its calls."""
-        inline, thought = _THOUGHT.match(message["content"]), _thought_of(message)
+        inline, thought = THOUGHT.match(message["content"]), thought_of(message)
         text = (message["content"][inline.end() :] if inline else message["content"]).strip()
         body = answer.removesuffix(self.stop_token).strip()
         if without_thought:
@@ -416,28 +413,6 @@ def supervised_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
             runs.append((start, position))
             start = None
     return runs if start is None else [*runs, (start, len(labels))]
-
-
-def _with_opened_thought(message: Message) -> Message:
-    """Return a message whose thought has its opening tag; the message itself if nothing had to be added."""
-    content = message["content"]
-    if message["role"] != "assistant" or "</think>" not in content or message.get("reasoning_content"):
-        return message
-    end = content.index("</think>")
-    if "<think>" in content[:end] or not _UNOPENED.match(content, end):
-        return message
-    return {**message, "content": "<think>\n" + content.lstrip("\n")}
-
-
-def _is_empty(message: Message) -> bool:
-    text = _THOUGHT.sub("", message["content"], count=1) if not _thought_of(dict(message)) else message["content"]
-    return not text.strip() and not message.get("reasoning_content", "").strip() and not message.get("tool_calls")
-
-
-def _thought_of(message: dict[str, Any]) -> str:
-    """Return the thought of an assistant message, "" if it has none."""
-    inline = _THOUGHT.match(message["content"])
-    return (message.get("reasoning_content") or (inline.group(1) if inline else "")).strip()
 
 
 class _Document:

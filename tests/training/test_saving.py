@@ -278,7 +278,7 @@ def test_auto_takes_the_newest_complete_checkpoint(tiny_model, data, run, capsys
 
 def test_auto_starts_from_the_beginning_where_there_is_no_checkpoint(tiny_model, data, tmp_path, capsys):
     again(tmp_path / "out", tiny_model, data)
-    assert "holds no checkpoint: training from the beginning" in capsys.readouterr().out
+    assert "holds no complete checkpoint: training from the beginning" in capsys.readouterr().out
     assert len(history(tmp_path / "out", "loss")) == 6
 
 
