@@ -49,7 +49,10 @@ def configure_libraries() -> None:
     * What they print at import, and a user of the scripts cannot act on, is silenced.
     * On a CPU, oneDNN compiles a kernel for each shape of a product and caches 1,024 of them, and torch's own layer
       another 1,024: with rows of many lengths, 0.7 MB a shape. 128 are enough for the products of one step.
+    * --help needs no peft, which transformers would import, and a compiler with it, in seconds.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.modules["peft"] = None  # type: ignore[assignment]
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels for inference on a CPU
     if not os.path.exists("/dev/nvidiactl"):

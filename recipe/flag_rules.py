@@ -7,7 +7,7 @@ import dataclasses
 import os
 from typing import Any
 
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from recipe.command_line import Bounds
 from recipe.console import UserError, say
@@ -93,8 +93,8 @@ def _lora(training_args: Any, lora_args: Any, named: dict[str, Any]) -> None:
     folder = lora_args.lora_weight_path
     if folder and set(given) - {"lora_weight_path", "q_lora"}:
         say("--lora_weight_path: the adapter's own rank, alpha, dropout and modules are used.")
-    if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, ADAPTER_CONFIG)):
-        raise UserError(f"--lora_weight_path {folder}: holds no {ADAPTER_CONFIG}, so no adapter.")
+    if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, ADAPTER_CONFIG_NAME)):
+        raise UserError(f"--lora_weight_path {folder}: holds no {ADAPTER_CONFIG_NAME}, so no adapter.")
     if lora_args.lora_experts and not folder:
         _experts(lora_args)
 

@@ -12,11 +12,15 @@ from enum import Enum
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from recipe.console import UserError, rank, say
 from recipe.distributed import engines
@@ -397,7 +401,7 @@ def verify_saved(
 
 
 def _weight_files(folder: str, adapter: bool) -> list[str]:
-    pattern = ADAPTER_WEIGHTS_NAME if adapter else SAFE_WEIGHTS_NAME.replace(".", "*.")
+    pattern = ADAPTER_SAFE_WEIGHTS_NAME if adapter else SAFE_WEIGHTS_NAME.replace(".", "*.")
     files = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
     if not files:
         raise UserError(f"{folder}: no weights were written.")
