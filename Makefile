@@ -6,14 +6,16 @@ demo:
 	@./setup.sh requirements.txt
 	@.venv/bin/python -m demo.demo
 
-# All tests; test-quick leaves out those that start other programs.
+# All tests, by one worker for each of two cores; test-quick leaves out those that start other programs.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 test:
 	@./setup.sh dev
-	@.venv/bin/python -m pytest -q
+	@$(PYTEST)
 
 test-quick:
 	@./setup.sh dev
-	@.venv/bin/python -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 # Format, lint, types, the order of the rooms.
 lint:

@@ -54,7 +54,7 @@ def memorised(smollm, tmp_path_factory):
     return folder / "out", data
 
 
-@pytest.mark.parametrize("mode", [[], ADAPTER, [*ADAPTER, "--q_lora"]], ids=["full", "lora", "qlora"])
+@pytest.mark.parametrize("mode", [[], [*ADAPTER, "--q_lora"]], ids=["full", "qlora"])
 def test_training_lowers_the_loss_of_held_out_rows(smollm, tmp_path, mode):
     rows = [json.loads(line) for line in open(ROOT / "data" / "validation.jsonl")][:6]
     held_out = write(tmp_path / "held_out.jsonl", rows)
@@ -71,11 +71,11 @@ def test_padding_free_and_padded_training_have_the_same_curve(smollm, tmp_path):
     data = write(tmp_path / "short.jsonl", map(json.loads, lines))
     for padding_free in ("True", "False"):
         out = tmp_path / padding_free
-        options = [*ADAPTER, "--lora_r", 8, "--learning_rate", "1e-3", "--max_steps", 20, "--bf16", "False"]
+        options = [*ADAPTER, "--lora_r", 8, "--learning_rate", "1e-3", "--max_steps", 10, "--bf16", "False"]
         options += ["--per_device_train_batch_size", 2]
         finetune.train(argv(smollm, data, out, *options, "--padding_free", padding_free))
         curves.append(history(out, "loss"))
-    assert len(curves[0]) == 20 and curves[0][-1] < 0.3 * curves[0][0]
+    assert len(curves[0]) == 10 and curves[0][-1] < 0.5 * curves[0][0]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
