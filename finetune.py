@@ -43,6 +43,7 @@ from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, rope
 from recipe.model.base_files import BaseFiles
+from recipe.model.prompt_mode import PromptMode
 from recipe.training import answers, checkpoints, curves, start_report
 from recipe.training.trainer import RecipeTrainer
 
@@ -439,6 +440,7 @@ def run(
         experts.check(config, lora_args.lora_experts, lora_args.lora_target_modules)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
     record = checkpoints.describe_run(model_args, data_args, training_args, lora_args, train_dataset)
+    prompt_mode = PromptMode.of(train_dataset)
     if checkpoint := training_args.resume_from_checkpoint:
         checkpoints.refuse_changed_run(checkpoint, record, ARGUMENTS, training_args.ignore_data_skip)
     if report.inspect(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})}):
@@ -457,7 +459,7 @@ def run(
     trainer = RecipeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, data_collator=Collator(training_args.padding_free),
-        save=safe_save_model_for_hf_trainer, record=record, stop_id=encoder.stop_id,
+        save=safe_save_model_for_hf_trainer, record=record, prompt_mode=prompt_mode, stop_id=encoder.stop_id,
         questions=answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder),
         metric=answers.load_metric(data_args.metric) if data_args.metric else None,
     )  # fmt: skip

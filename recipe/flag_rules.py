@@ -13,6 +13,7 @@ from recipe.command_line import Bounds
 from recipe.console import UserError, say
 from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines
+from recipe.model.loading import refuse_changed_base
 from recipe.training import checkpoints
 from recipe.training.answers import load_metric
 
@@ -95,6 +96,10 @@ def _lora(training_args: Any, lora_args: Any, named: dict[str, Any]) -> None:
         say("--lora_weight_path: the adapter's own rank, alpha, dropout and modules are used.")
     if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, ADAPTER_CONFIG_NAME)):
         raise UserError(f"--lora_weight_path {folder}: holds no {ADAPTER_CONFIG_NAME}, so no adapter.")
+    if folder and os.path.isdir(folder):
+        from peft import PeftConfig
+
+        refuse_changed_base(PeftConfig.from_pretrained(folder), folder)
     if lora_args.lora_experts and not folder:
         _experts(lora_args)
 

@@ -23,8 +23,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from recipe.console import UserError
 from recipe.dataset import mixing, packing
 from recipe.distributed import engines, weights
-from recipe.model import experts, rope
+from recipe.model import adapter as adapters
+from recipe.model import experts, loading, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
+from recipe.model.prompt_mode import PromptMode
 from recipe.training import answers, checkpoints, checks, staging
 from recipe.training.throughput import Throughput
 
@@ -39,6 +41,7 @@ class RecipeTrainer(transformers.Trainer):
         save: Function of (trainer, folder, rows) that writes and checks the weights on behalf of all ranks, or the
             first `rows` rows of each tensor; finetune.py's `safe_save_model_for_hf_trainer`.
         record: What checkpoints remember of the run, see `checkpoints.describe_run`.
+        prompt_mode: How the model is asked in training, which is saved beside its weights.
         questions: Held-out prompts to answer at each evaluation; `metric` scores an answer besides the built-in scores,
             `stop_id` is the token id that ends one.
         kwargs: Arguments of the Trainer. `eval_dataset` is {name: dataset}, or None.
@@ -52,6 +55,7 @@ class RecipeTrainer(transformers.Trainer):
         *,
         save: Callable[["RecipeTrainer", str, int | None], None],
         record: dict[str, Any] | None = None,
+        prompt_mode: PromptMode | None = None,
         questions: list[answers.Question] | None = None,
         metric: Callable[[str, str, list], float] | None = None,
         stop_id: int | None = None,
@@ -59,6 +63,7 @@ class RecipeTrainer(transformers.Trainer):
     ):
         config = model.config.get_text_config()
         use_cache = config.use_cache
+        adapters.remember_start(model)
         # Of the settings that transformers sets while it trains, those that the configuration has not. That of a vision
         # checkpoint has them in its part for text.
         self._absent = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"} - vars(model.config).keys()
@@ -68,7 +73,8 @@ class RecipeTrainer(transformers.Trainer):
         config.use_cache = use_cache
         # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
         self._bos = config.bos_token_id, self.model.generation_config.bos_token_id
-        self.save, self.record = save, record or {}
+        self.base = loading.found_from_anywhere(model.config._name_or_path, self.args.cache_dir)
+        self.save, self.record, self.prompt_mode = save, record or {}, prompt_mode
         self.questions, self.metric, self.stop_id = questions or [], metric, stop_id
         self.head = fuse_loss_into_head(self.model)
         # An adapter leaves the routers as they are, and their balance with them.
@@ -247,6 +253,18 @@ class RecipeTrainer(transformers.Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Load the weights of a checkpoint; of an adapter that was converted when it was saved, what is trained."""
+        from peft import PeftConfig, set_peft_model_state_dict
+        from peft.utils import load_peft_weights
+
+        target = self.accelerator.unwrap_model(self.model)
+        converted = hasattr(target, "first_factors") and not self.is_fsdp_enabled
+        if not converted or loading.changes_base(PeftConfig.from_pretrained(resume_from_checkpoint)):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = load_peft_weights(resume_from_checkpoint, device="cpu")
+        set_peft_model_state_dict(target, adapters.trained_half(state))
+
     def rehearse(self) -> None:
         """Write and check a small copy through the path of all saves, so that no run fails at its last line."""
         folder = os.path.join(self.args.output_dir, ".rehearsal")
@@ -275,8 +293,11 @@ class RecipeTrainer(transformers.Trainer):
             stale = ("model*.safetensors*", *[CONFIG_NAME] * adapter, *["adapter_*"] * (not adapter))
             for path in (path for pattern in stale for path in glob.glob(os.path.join(output_dir, pattern))):
                 os.remove(path)  # else whoever loads the folder would find both and take one
-        super()._save(output_dir, state_dict)
+        with adapters.as_saved(model, self.base):
+            super()._save(output_dir, state_dict)
         model.generation_config.save_pretrained(output_dir)
+        if self.prompt_mode:
+            self.prompt_mode.save(output_dir)
         for path in glob.glob(os.path.join(glob.escape(output_dir), "*.safetensors")):
             shutil.copymode(os.path.join(output_dir, GENERATION_CONFIG_NAME), path)  # safetensors lets nobody else read
         if adapter and rope.is_extended(model.config.get_text_config()):
