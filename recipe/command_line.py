@@ -246,6 +246,13 @@ def flag(default: Any, help: str, *, at_least: float | None = None, below: float
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
+def resolved(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Return all flags of these argument instances as the run resolved them; without secrets."""
+    known = defaults([type(part) for part in arguments])
+    named = {name: value for part in arguments for name, value in vars(part).items() if name in known}
+    return {name: _recorded(value) for name, value in named.items() if name not in NOT_RECORDED}
+
+
 def run_yaml(arguments: Sequence[Any]) -> str:
     """Return a config file that repeats the run of these argument instances; the last one is written for adapters only.
 

@@ -13,7 +13,7 @@ from recipe.command_line import Bounds
 from recipe.console import UserError, say
 from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines
-from recipe.model.loading import refuse_changed_base
+from recipe.model.loading import Pretrained, adapter_config, refuse_changed_base
 from recipe.training import checkpoints
 from recipe.training.answers import load_metric
 
@@ -97,9 +97,7 @@ def _lora(training_args: Any, lora_args: Any, named: dict[str, Any]) -> None:
     if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, ADAPTER_CONFIG_NAME)):
         raise UserError(f"--lora_weight_path {folder}: holds no {ADAPTER_CONFIG_NAME}, so no adapter.")
     if folder and os.path.isdir(folder):
-        from peft import PeftConfig
-
-        refuse_changed_base(PeftConfig.from_pretrained(folder), folder)
+        refuse_changed_base(adapter_config(Pretrained(folder, named_by="--lora_weight_path")), folder)
     if lora_args.lora_experts and not folder:
         _experts(lora_args)
 
@@ -180,6 +178,11 @@ def _evaluation(data_args: Any, training_args: Any, named: dict[str, Any]) -> No
     if data_args.metric:
         load_metric(data_args.metric)
     remedy = "add --eval_data_path or --eval_ratio."
+    if training_args.early_stopping_patience:
+        if not something or training_args.eval_strategy == "no":
+            raise UserError(f"--early_stopping_patience needs evaluations in the course of training; {remedy}")
+        if training_args.metric_for_best_model is None:
+            training_args.metric_for_best_model, training_args.greater_is_better = "eval_loss", False
     if data_args.eval_generate and not something:
         raise UserError(f"--eval_generate needs held-out conversations; {remedy}")
     if not something and training_args.eval_strategy != "no":

@@ -26,7 +26,7 @@ from recipe.model import attention, experts, generation, linear_attention
 from recipe.model.precision import best_dtype
 
 if TYPE_CHECKING:  # its import takes seconds, and --help needs none of it
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of an adapter that peft takes off the base
 # What the libraries raise for files that are missing, cut off, of another format or of another model.
@@ -320,7 +320,7 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = of_config = Pretrained(folder, **files)
-    tokenizer, adapter = source.tokenizer(), _adapter_config(source)
+    tokenizer, adapter = source.tokenizer(), adapter_config(source)
     if adapter is not None:
         recorded = adapter.base_model_name_or_path
         source = replace(
@@ -341,8 +341,12 @@ def load(
     return (model if quantize else model.to(device)).eval(), tokenizer
 
 
-def _adapter_config(source: Pretrained):
-    """The configuration of the adapter in a folder or on the hub, or None if it is no adapter."""
+def adapter_config(source: Pretrained) -> "PeftConfig | None":
+    """Return the configuration of the adapter in a folder or on the hub, or None if it is no adapter.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     from peft import PeftConfig
 
     try:

@@ -26,11 +26,11 @@ from recipe.distributed import engines, weights
 from recipe.model import adapter as adapters
 from recipe.model import experts, loading, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
-from recipe.model.prompt_mode import PromptMode
 from recipe.training import answers, checkpoints, checks, staging
+from recipe.training.checkpoints import BEST
+from recipe.training.run_record import RunRecord
 from recipe.training.throughput import Throughput
 
-BEST = "best"  # folder in the output folder with the weights of the lowest evaluation loss
 BEST_METRICS = "metrics.json"
 
 
@@ -41,7 +41,7 @@ class RecipeTrainer(transformers.Trainer):
         save: Function of (trainer, folder, rows) that writes and checks the weights on behalf of all ranks, or the
             first `rows` rows of each tensor; finetune.py's `safe_save_model_for_hf_trainer`.
         record: What checkpoints remember of the run, see `checkpoints.describe_run`.
-        prompt_mode: How the model is asked in training, which is saved beside its weights.
+        run_record: What is written about the run beside its weights.
         questions: Held-out prompts to answer at each evaluation; `metric` scores an answer besides the built-in scores,
             `stop_id` is the token id that ends one.
         kwargs: Arguments of the Trainer. `eval_dataset` is {name: dataset}, or None.
@@ -55,7 +55,7 @@ class RecipeTrainer(transformers.Trainer):
         *,
         save: Callable[["RecipeTrainer", str, int | None], None],
         record: dict[str, Any] | None = None,
-        prompt_mode: PromptMode | None = None,
+        run_record: RunRecord | None = None,
         questions: list[answers.Question] | None = None,
         metric: Callable[[str, str, list], float] | None = None,
         stop_id: int | None = None,
@@ -74,7 +74,7 @@ class RecipeTrainer(transformers.Trainer):
         # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
         self._bos = config.bos_token_id, self.model.generation_config.bos_token_id
         self.base = loading.found_from_anywhere(model.config._name_or_path, self.args.cache_dir)
-        self.save, self.record, self.prompt_mode = save, record or {}, prompt_mode
+        self.save, self.record, self.run_record = save, record or {}, run_record
         self.questions, self.metric, self.stop_id = questions or [], metric, stop_id
         self.head = fuse_loss_into_head(self.model)
         # An adapter leaves the routers as they are, and their balance with them.
@@ -82,6 +82,8 @@ class RecipeTrainer(transformers.Trainer):
         self.best_loss = self._recorded_best()
         self._eval_sums = self._file_sums = None
         self._run_dir: str | None = None  # where a checkpoint is being written
+        patience = self.args.early_stopping_patience
+        self.early_stopping = transformers.EarlyStoppingCallback(patience) if patience else None
         self.throughput = Throughput(self)
         self.add_callback(checks.SelfChecks(self))
         self.add_callback(self.throughput)
@@ -179,10 +181,22 @@ class RecipeTrainer(transformers.Trainer):
         return metrics
 
     def _evaluate(self, *args, **kwargs):
-        """Evaluate in the course of training, where the best weights are kept."""
+        """Evaluate in the course of training, where the best weights are kept and training may be stopped."""
+        before = [entry[name] for entry in self.state.log_history if (name := self._judged_by()) in entry]
         metrics = super()._evaluate(*args, **kwargs)
         self.keep_best(metrics)
+        if self.early_stopping:
+            # Called here and not by the Trainer, which calls for each evaluation file by itself. Counted from the log, so
+            # that a resumed run stops where an unbroken one does.
+            best = max(before, default=None) if self.args.greater_is_better else min(before, default=None)
+            since = len(before) - 1 - before.index(best) if before else 0
+            self.early_stopping.early_stopping_patience_counter = since
+            self.early_stopping.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _judged_by(self):
+        """Name in the log of the figure that early stopping looks at."""
+        return f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
     def _answer_questions(self, prefix):
         """Answer the held-out prompts greedily, shared out among the ranks; return the mean of every score."""
@@ -296,12 +310,15 @@ class RecipeTrainer(transformers.Trainer):
         with adapters.as_saved(model, self.base):
             super()._save(output_dir, state_dict)
         model.generation_config.save_pretrained(output_dir)
-        if self.prompt_mode:
-            self.prompt_mode.save(output_dir)
+        if self.run_record:
+            self.run_record.write_about(self, output_dir)
         for path in glob.glob(os.path.join(glob.escape(output_dir), "*.safetensors")):
             shutil.copymode(os.path.join(output_dir, GENERATION_CONFIG_NAME), path)  # safetensors lets nobody else read
         if adapter and rope.is_extended(model.config.get_text_config()):
             model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the card of `run_record`, which the Trainer would replace by a form when it pushes to the hub."""
 
     def _get_output_dir(self, trial):
         return self._run_dir or super()._get_output_dir(trial)
