@@ -1,74 +1,102 @@
-"""Measure a model on held-out conversations as a user would judge it: by its answers, and by its loss.
+"""Measure models on held-out conversations as a user would judge them: by their answers, and by their loss.
 
     python eval.py --model_name_or_path output/demo --data_path data/validation.jsonl
+    python eval.py --model_name_or_path base-model output/demo output/demo/best --data_path data/validation.jsonl
 
-The model is asked for the last assistant turn of every conversation, given everything before it; it answers greedily
-and stops at its stop token. Prints and, with --output, writes the answers and three numbers: exact_match and valid_json
-(0 to 1) and eval_loss (mean over supervised tokens). `--metric file.py:function` adds `function(answer, reference,
-messages) -> float`.
+The model is asked for the last assistant turn of every conversation, given everything before it, in the prompt mode that
+its training saved beside it; it answers greedily and stops at its stop token. Prints and, with --output, writes the
+answers and three numbers: exact_match and valid_json (0 to 1) and eval_loss (mean over supervised tokens); of several
+models a table. `--metric file.py:function` adds `function(answer, reference, messages) -> float`.
 """
 
 import argparse
+import gc
 import json
 import sys
+from typing import TYPE_CHECKING, Any
 
 from recipe import command_line, console
 from recipe.console import UserError
 from recipe.dataset.encoding import THINKING
 
+if TYPE_CHECKING:  # its import takes seconds, and --help needs none of it
+    from recipe.training.answers import Measured
 
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, that of this process if None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    command_line.add_model_flags(parser, THINKING)
+    command_line.add_model_flags(parser, THINKING, several=True)
     parser.add_argument("--data_path", nargs="+", required=True, help="Files of conversations.")
     parser.add_argument("--limit", type=int, default=0, help="Only the first N conversations. Default 0: all.")
-    parser.add_argument("--model_max_length", type=int, help="Leave out conversations of more tokens. Default none.")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="Longest answer in tokens. Default 256.")
     parser.add_argument("--batch_size", type=int, default=16, help="Prompts answered together. Default 16.")
     parser.add_argument("--metric", help="file.py:function, a measure of your own.")
     parser.add_argument("--output", help="File for the answers, one JSON object a line.")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure the model and print its figures.
+    """Measure the models and print their figures.
 
     Raises:
-        UserError: the model, the data or the metric cannot be loaded, or there is nothing to measure.
+        UserError: a model, the data or the metric cannot be loaded, or there is nothing to measure.
     """
-    from jinja2 import TemplateError
-
-    from finetune import nf4
     from recipe.dataset.conversations import Conversations
-    from recipe.dataset.encoding import ChatEncoder
-    from recipe.model import loading
     from recipe.training import answers
 
     metric = answers.load_metric(args.metric) if args.metric else None
     source = Conversations(args.data_path)
     chosen = [source[i] for i in range(min(args.limit or len(source), len(source)))]
-    quantize = nf4 if args.q_lora else None
-    model, tokenizer = loading.load(args.model_name_or_path, quantize=quantize, **command_line.model_options(args))
-    try:
-        encoder = ChatEncoder(tokenizer, thinking=args.thinking, template_kwargs=args.chat_template_kwargs)
-        found = answers.measure(
-            model, encoder, chosen, args.max_new_tokens, args.batch_size, metric, args.model_max_length
-        )
-    except (ValueError, TemplateError) as error:  # the template is missing, or refuses a conversation
-        raise UserError(f"{args.model_name_or_path}: {error}") from None
-    if len(found.questions) < len(chosen):
-        limit = f", or longer than {args.model_max_length} tokens" if args.model_max_length else ""
-        text = (
-            f"{len(chosen) - len(found.questions)} of {len(chosen)} conversations left out: no assistant turn to answer"
-        )
-        print(text + limit, file=sys.stderr)
+    figures, lines = {}, []
+    for name in dict.fromkeys(args.model_name_or_path):
+        found = measure(name, chosen, metric, args)
+        figures[name] = found.figures
+        model = {"model": name} if len(args.model_name_or_path) > 1 else {}
+        for text, question in zip(found.answers, found.questions, strict=True):
+            lines.append({**model, "answer": text, "reference": question.reference})
+        for reason, count in found.left_out.items():
+            print(f"{name}: {count} of {len(chosen)} conversations left out, {reason}", file=sys.stderr)
+        gc.collect()  # the next model takes its place
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
-            for text, question in zip(found.answers, found.questions, strict=True):
-                line = {"answer": text, "reference": question.reference}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(json.dumps(found.figures))
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    print(json.dumps(found.figures) if len(figures) == 1 else table(figures))
+
+
+def measure(name: str, conversations: list, metric: Any, args: argparse.Namespace) -> "Measured":
+    """Load one model and measure it on conversations, in the prompt mode of its training unless flags say another.
+
+    Raises:
+        UserError: the model cannot be loaded, or its template is missing or refuses a conversation.
+    """
+    from jinja2 import TemplateError
+
+    from finetune import nf4
+    from recipe.model import loading
+    from recipe.model.prompt_mode import PromptMode
+    from recipe.training import answers
+
+    quantize = nf4 if args.q_lora else None
+    model, tokenizer = loading.load(name, quantize=quantize, **command_line.model_options(args))
+    try:
+        encoder, limit = PromptMode.chosen(name, args).encoder(tokenizer), args.model_max_length
+        return answers.measure(
+            model, encoder, conversations, args.max_new_tokens, args.batch_size, metric, limit, progress=True
+        )
+    except (ValueError, TemplateError) as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """Return the figures of several models, {name: {figure: value}}, as a Markdown table."""
+    names = list(next(iter(figures.values())))
+    width = max(map(len, figures))
+    lines = [f"| {'model':<{width}} | {' | '.join(names)} |", f"|{'-' * (width + 2)}|{'---:|' * len(names)}"]
+    for model, values in figures.items():
+        cells = (f"{values[name]:>{len(name)}.4f}" for name in names)
+        lines.append(f"| {model:<{width}} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

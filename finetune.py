@@ -43,7 +43,8 @@ from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, rope
 from recipe.model.base_files import BaseFiles
-from recipe.training import answers, checkpoints, curves, start_report
+from recipe.training import answers, checkpoints, start_report
+from recipe.training.run_record import RunRecord
 from recipe.training.trainer import RecipeTrainer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,6 +130,8 @@ class TrainingArguments(transformers.TrainingArguments):
         metavar="NAME")
     save_total_limit: int | None = flag(2, "Newest checkpoints to keep; 0 keeps all.", at_least=0)
     logging_steps: float = flag(10, "Optimizer steps between two lines of the log; below 1, a share of all steps.")
+    early_stopping_patience: int | None = flag(None,
+        "Stop after this number of evaluations without a better eval_loss (or --metric_for_best_model).", at_least=1)
     logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses in the log instead of stopping at them.")
 
     def __post_init__(self):
@@ -415,14 +418,16 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
 
 def train(argv: list[str] | None = None) -> dict[str, float]:
     """Train as a command line says, that of this process if None; return the Trainer's metrics."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse(argv)
     with nodes.watch():  # of several machines, each ends when another one is gone
-        return run(*arguments)
+        return run(*arguments, list(command_line.read(argv, ARGUMENTS, notice=str)))
 
 
 def run(
-    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, lora_args: LoraArguments
-) -> dict[str, float]:
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, lora_args: LoraArguments,
+    named: Sequence[str] = (),  # flags that the user set
+) -> dict[str, float]:  # fmt: skip
     """Train and save; return the Trainer's metrics. A mistake is a UserError, if possible before the weights load."""
     if training_args.device.type == "cpu":
         precision.choose_float32()
@@ -439,6 +444,7 @@ def run(
         experts.check(config, lora_args.lora_experts, lora_args.lora_target_modules)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
     record = checkpoints.describe_run(model_args, data_args, training_args, lora_args, train_dataset)
+    about = RunRecord((model_args, data_args, training_args, lora_args), named, train_dataset, eval_dataset)
     if checkpoint := training_args.resume_from_checkpoint:
         checkpoints.refuse_changed_run(checkpoint, record, ARGUMENTS, training_args.ignore_data_skip)
     if report.inspect(data_args, tokenizer, {"training": train_dataset, **(eval_dataset or {})}):
@@ -457,7 +463,7 @@ def run(
     trainer = RecipeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, data_collator=Collator(training_args.padding_free),
-        save=safe_save_model_for_hf_trainer, record=record, stop_id=encoder.stop_id,
+        save=safe_save_model_for_hf_trainer, record=record, run_record=about, stop_id=encoder.stop_id,
         questions=answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder),
         metric=answers.load_metric(data_args.metric) if data_args.metric else None,
     )  # fmt: skip
@@ -467,14 +473,12 @@ def run(
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
     start_report.refuse_full_disk(trainer, compute_dtype)
     say(start_report.describe(trainer, compute_dtype, lora_args))
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
-    trainer.save_state()
-    if eval_dataset is not None:  # after the save: a failing evaluation costs no weights
-        metrics.update(trainer.evaluate_at_end())
-    if training_args.should_save:
-        command_line.write_run_yaml((model_args, data_args, training_args, lora_args), training_args.output_dir)
-        curves.plot_loss(trainer.state.log_history, training_args.output_dir)
+    with about.reporting(trainer):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
+        trainer.save_state()
+        if eval_dataset is not None:  # after the save: a failing evaluation costs no weights
+            metrics.update(trainer.evaluate_at_end())
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return metrics

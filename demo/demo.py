@@ -71,10 +71,10 @@ def run() -> None:
             f"--max_new_tokens {LONGEST} --batch_size {TOGETHER}"
         )
 
-    before, answers_before, questions = stages.run("measure before", measuring(model), measure, model)
+    before, answers_before, questions, _ = stages.run("measure before", measuring(model), measure, model)
     argv = ["--model_name_or_path", model, *(word for pair in TRAINING.items() for word in pair)]
     stages.run("fine-tune", f"finetune.py {' '.join(argv)}", finetune.train, argv)
-    after, answers_after, _ = stages.run("measure after", measuring(OUTPUT), measure, OUTPUT)
+    after, answers_after, *_ = stages.run("measure after", measuring(OUTPUT), measure, OUTPUT)
     merging = f"merge.py --adapter {OUTPUT} --output {MERGED} --dtype bfloat16"
     difference = stages.run("merge", merging, merge, OUTPUT, MERGED, torch.bfloat16)
 

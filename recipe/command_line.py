@@ -246,6 +246,13 @@ def flag(default: Any, help: str, *, at_least: float | None = None, below: float
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
+def resolved(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Return all flags of these argument instances as the run resolved them; without secrets."""
+    known = defaults([type(part) for part in arguments])
+    named = {name: value for part in arguments for name, value in vars(part).items() if name in known}
+    return {name: _recorded(value) for name, value in named.items() if name not in NOT_RECORDED}
+
+
 def run_yaml(arguments: Sequence[Any]) -> str:
     """Return a config file that repeats the run of these argument instances; the last one is written for adapters only.
 
@@ -429,26 +436,32 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
-def add_model_flags(parser: argparse.ArgumentParser, thinking: Sequence[str]) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, thinking: Sequence[str], several: bool = False) -> None:
     """Add the flags of a tool that uses a trained model; they mean what they mean in training.
 
     Args:
         parser: the tool's parser.
-        thinking: the values of --thinking, the default first.
+        thinking: the values of --thinking.
+        several: whether the tool takes more than one model.
     """
     from transformers.hf_argparser import string_to_bool
 
     switch = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
-    parser.add_argument("--model_name_or_path", required=True, help="Model folder, adapter folder or hub name.")
+    text = "Model folder, adapter folder or hub name"
+    if several:
+        parser.add_argument("--model_name_or_path", nargs="+", required=True, help=f"{text}; several are compared.")
+    else:
+        parser.add_argument("--model_name_or_path", required=True, help=f"{text}.")
     parser.add_argument("--base", help="Base model of the adapter. Default: the one that the adapter names.")
     parser.add_argument("--q_lora", **switch, help="Hold the base model in 4 bits (NF4). Default False.")
     parser.add_argument("--chat_template", help="Jinja file to use instead of the model's own chat template.")
     parser.add_argument(
-        "--chat_template_kwargs", type=_json_object, default={}, help="Variables for the chat template, as JSON."
+        "--chat_template_kwargs",
+        type=_json_object,
+        help="Variables for the chat template, as JSON. Default: training's.",
     )
-    parser.add_argument(
-        "--thinking", choices=thinking, default=thinking[0], help=f"As in training. Default {thinking[0]}."
-    )
+    parser.add_argument("--thinking", choices=thinking, help="Thoughts, as in training. Default: training's.")
+    parser.add_argument("--model_max_length", type=int, help="Longest conversation in tokens. Default: no limit.")
     parser.add_argument("--trust_remote_code", **switch, help="Run code that comes with the model. Default False.")
     parser.add_argument("--cache_dir", help="Folder for downloaded models. Default: the hub's own.")
 

@@ -13,6 +13,7 @@ from recipe.command_line import Bounds
 from recipe.console import UserError, say
 from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines
+from recipe.model.loading import Pretrained, adapter_config, refuse_changed_base
 from recipe.training import checkpoints
 from recipe.training.answers import load_metric
 
@@ -95,6 +96,8 @@ def _lora(training_args: Any, lora_args: Any, named: dict[str, Any]) -> None:
         say("--lora_weight_path: the adapter's own rank, alpha, dropout and modules are used.")
     if folder and os.path.isdir(folder) and not os.path.exists(os.path.join(folder, ADAPTER_CONFIG_NAME)):
         raise UserError(f"--lora_weight_path {folder}: holds no {ADAPTER_CONFIG_NAME}, so no adapter.")
+    if folder and os.path.isdir(folder):
+        refuse_changed_base(adapter_config(Pretrained(folder, named_by="--lora_weight_path")), folder)
     if lora_args.lora_experts and not folder:
         _experts(lora_args)
 
@@ -175,6 +178,11 @@ def _evaluation(data_args: Any, training_args: Any, named: dict[str, Any]) -> No
     if data_args.metric:
         load_metric(data_args.metric)
     remedy = "add --eval_data_path or --eval_ratio."
+    if training_args.early_stopping_patience:
+        if not something or training_args.eval_strategy == "no":
+            raise UserError(f"--early_stopping_patience needs evaluations in the course of training; {remedy}")
+        if training_args.metric_for_best_model is None:
+            training_args.metric_for_best_model, training_args.greater_is_better = "eval_loss", False
     if data_args.eval_generate and not something:
         raise UserError(f"--eval_generate needs held-out conversations; {remedy}")
     if not something and training_args.eval_strategy != "no":

@@ -36,7 +36,14 @@ PRIVATE = [
     (modeling_lfm2, "Lfm2ShortConv"),
     *(
         (transformers.Trainer, name)
-        for name in ("_get_dataloader", "_get_train_sampler", "_evaluate", "_save", "_save_checkpoint")
+        for name in (
+            "_get_dataloader",
+            "_get_train_sampler",
+            "_evaluate",
+            "_load_from_checkpoint",
+            "_save",
+            "_save_checkpoint",
+        )
     ),
     (transformers.Trainer, "set_initial_training_values"),
     (transformers.PreTrainedConfig(), "_attn_implementation"),

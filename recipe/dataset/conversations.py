@@ -190,9 +190,17 @@ class Conversations(Sequence[Conversation]):
 
     def sources_of(self, indices: Any) -> np.ndarray:
         """Return the number of the source of each conversation, int64 [rows]."""
+        return np.asarray(self._source_of_file)[self.file_of(indices)]
+
+    def file_of(self, indices: Any) -> np.ndarray:
+        """Return the number in `files` of the file of each conversation, int64 [rows]."""
         indices = np.asarray(indices, dtype=np.int64)
         records = indices if self.indices is None else np.asarray(self.indices)[indices]
-        return np.asarray(self._source_of_file)[np.searchsorted(self._ends, records, side="right")]
+        return np.searchsorted(self._ends, records, side="right")
+
+    def files(self) -> list[Records]:
+        """Return the open files, in their order."""
+        return [file for file, _ in self._files]
 
     def mixture(self, indices: Any) -> Mixture | None:
         """Return how the conversations with these indices are mixed; None if the sources have no weights."""

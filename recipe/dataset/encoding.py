@@ -156,6 +156,13 @@ class ChatEncoder:
         self._verify(renderings)
         return encoded
 
+    def prompt_variables(self, conversation: Conversation) -> dict[str, Any]:
+        """Return the variables of the chat template with which serving renders the prompt of the last turn."""
+        rendering = self._render_documents(conversation)
+        _, thinking = self._prompt(rendering, len(rendering.messages) - 1)
+        switch = {} if thinking is None else {"enable_thinking": thinking}
+        return {**switch, **self.template_kwargs, **rendering.kwargs}
+
     def _reset_tokenizer(self) -> None:
         """Switch off settings that a saved tokenizer may have, or that an earlier call may have left on."""
         # Only where needed: a change fails while another thread tokenises.

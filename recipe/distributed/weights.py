@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from recipe.console import UserError
+from recipe.model.adapter import as_plain
 
 
 def numel(parameter: torch.nn.Parameter) -> int:
@@ -46,6 +47,8 @@ def raise_on_all_ranks(problem: str | None) -> None:
 def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[str, torch.Tensor]:
     """Gather the weights to save: those of the adapter, or all of them. Every rank must call this.
 
+    An adapter whose start changed the base is converted, see `adapter.as_plain`.
+
     The parts of one tensor at a time are put together: a GPU holds one whole tensor, main memory one model.
 
     Args:
@@ -75,7 +78,7 @@ def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[s
             seen[id(tensor)] = full
         if keep:
             state[name.replace("_checkpoint_wrapped_module.", "")] = seen[id(tensor)]
-    return state
+    return as_plain(model, state)
 
 
 def adapter_state_dict(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,14 +1,17 @@
-"""Which layers of a model an adapter changes, and what may be wrong with the choice."""
+"""Which layers of a model an adapter changes, what may be wrong with the choice, and as what the adapter is saved."""
 
 import contextlib
+import copy
+import math
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from recipe.console import UserError
 from recipe.model import experts
-from recipe.model.loading import one_line
+from recipe.model.loading import changes_base, one_line
 
 # Layers that give one number for each head or expert: routers, and how fast the state of a gated delta net decays. An
 # adapter of the usual rank would have more weights than such a layer itself.
@@ -90,3 +93,73 @@ def taken_for_experts(model: PreTrainedModel) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in reserved
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As what an adapter is saved
+
+FACTORS = (".lora_A.", ".lora_B.")
+
+
+def remember_start(model: nn.Module) -> None:
+    """Keep copies of an adapter's first factors in main memory if its start has changed the base (PiSSA, OLoRA)."""
+    if any(map(changes_base, getattr(model, "peft_config", {}).values())):
+        named = model.named_parameters()
+        model.first_factors = {
+            name: p.detach().to("cpu", torch.float32, copy=True) for name, p in named if any(f in name for f in FACTORS)
+        }
+
+
+def as_plain(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of an adapter as they are saved: for the base model as it was before the adapter was added.
+
+    PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) take s B0 A0 off the base. With the factors A and B of now,
+    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]: a plain adapter of twice the rank. peft's own conversion
+    (`LoraModel.subtract_mutated_init`) puts a second adapter into the model, which sharded weights do not allow, and
+    loses trained biases, whole modules and the magnitudes of DoRA.
+
+    Args:
+        model: the model with an adapter.
+        state: {name: whole tensor}, under the names of the model's state_dict.
+    """
+    plain = dict(state)
+    for name, first in getattr(model, "first_factors", {}).items():
+        if name in state:
+            now, is_a = state[name], FACTORS[0] in name
+            first = first.to(now.device, now.dtype)
+            plain[name] = torch.cat([now, first if is_a else -first], dim=0 if is_a else 1)
+    return plain
+
+
+def trained_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the factors A and B of now from what `as_plain` made of them, and all other weights as they are."""
+    halves = {name: tensor[: len(tensor) // 2] for name, tensor in state.items() if FACTORS[0] in name}
+    halves |= {name: tensor[:, : tensor.shape[1] // 2] for name, tensor in state.items() if FACTORS[1] in name}
+    return {**state, **halves}
+
+
+@contextlib.contextmanager
+def as_saved(model: nn.Module, base: tuple[str, str | None]) -> Iterator[None]:
+    """Within the context, the adapter's configuration is what adapter_config.json has to say.
+
+    An adapter that `as_plain` converts has twice the rank and the same scale.
+
+    Args:
+        model: a model with or without an adapter.
+        base: name and commit of its base model, see `loading.found_from_anywhere`.
+    """
+    before = getattr(model, "peft_config", {})
+    configs = copy.deepcopy(before)
+    for config in configs.values():
+        config.base_model_name_or_path, config.revision = base
+        if hasattr(model, "first_factors"):
+            config.init_lora_weights = True
+            # The scale is alpha / r, or alpha / sqrt(r) with rank stabilisation.
+            config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
+    if configs:
+        model.peft_config = configs
+    try:
+        yield
+    finally:
+        if configs:
+            model.peft_config = before

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from recipe.console import UserError
@@ -26,8 +26,9 @@ from recipe.model import attention, experts, generation, linear_attention
 from recipe.model.precision import best_dtype
 
 if TYPE_CHECKING:  # its import takes seconds, and --help needs none of it
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of an adapter that peft takes off the base
 # What the libraries raise for files that are missing, cut off, of another format or of another model.
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
@@ -42,6 +43,7 @@ class Pretrained:
         cache_dir: folder for downloaded files; None means the hub's own.
         chat_template: Jinja file that replaces the model's chat template.
         named_by: what names the model in error messages: a flag, or a file.
+        revision: commit, branch or tag of a model of the hub; None means its main branch.
     """
 
     name_or_path: str
@@ -49,6 +51,7 @@ class Pretrained:
     cache_dir: str | None = None
     chat_template: str | None = None
     named_by: str = "--model_name_or_path"
+    revision: str | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer, with `chat_template` if there is one.
@@ -110,6 +113,8 @@ class Pretrained:
         return model
 
     def _from_pretrained(self, kind, **options):
+        if self.revision:
+            options["revision"] = self.revision
         try:
             return kind.from_pretrained(
                 self.name_or_path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir, **options
@@ -124,6 +129,19 @@ class Pretrained:
                 f"{self.named_by} {self.name_or_path}: cannot be loaded: {one_line(error)} Name a folder with a model "
                 "or a model of the hub."
             ) from None
+
+
+def found_from_anywhere(name_or_path: str, cache_dir: str | None = None) -> tuple[str, str | None]:
+    """Return a name by which a loaded model is found again: an absolute path; or its hub name, and its commit if known.
+
+    Args:
+        name_or_path: folder or hub name.
+        cache_dir: folder for downloaded files; None means the hub's own.
+    """
+    if os.path.isdir(name_or_path):
+        return os.path.abspath(name_or_path), None
+    path = cached_file(name_or_path, CONFIG_NAME, cache_dir=cache_dir, local_files_only=True)
+    return name_or_path, extract_commit_hash(path, None)
 
 
 def one_line(error: Exception) -> str:
@@ -199,6 +217,8 @@ def load_adapter(
 
     try:
         config = PeftConfig.from_pretrained(folder, cache_dir=cache_dir)
+        if is_trainable:
+            refuse_changed_base(config, folder)
         saved = set(load_peft_weights(folder, device="cpu", cache_dir=cache_dir))
         if mapping := adapter_mapping(model, saved):
             saved = set(load_peft_weights(folder, device="cpu", cache_dir=cache_dir, key_mapping=mapping))
@@ -213,6 +233,26 @@ def load_adapter(
         raise UserError(f"{folder}: {len(odd)} adapter weights do not match the base model, the first is {odd[0]}.")
     experts.hand_over_factors(adapted)
     return adapted
+
+
+def changes_base(config: Any) -> bool:
+    """Return True if an adapter of this peft.PeftConfig belongs to a base model that its start has changed."""
+    start = str(getattr(config, "init_lora_weights", None)).lower()
+    return start.startswith(CHANGES_BASE) or bool(getattr(config, "kasa_config", None))
+
+
+def refuse_changed_base(config: Any, folder: str) -> None:
+    """Refuse an adapter that belongs to a base model which its start has changed.
+
+    Raises:
+        UserError: it was not converted to a plain adapter when it was saved.
+    """
+    if changes_base(config):
+        raise UserError(
+            f"{os.path.join(folder, 'adapter_config.json')}: the adapter starts as {config.init_lora_weights} and "
+            "belongs to a base model that this start changed; expected one that was converted when it was saved "
+            "(peft's save_pretrained with path_initial_model_for_weight_conversion)."
+        )
 
 
 def adapter_mapping(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str] | None:
@@ -280,10 +320,14 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = of_config = Pretrained(folder, **files)
-    tokenizer, adapter = source.tokenizer(), _adapter_config(source)
+    tokenizer, adapter = source.tokenizer(), adapter_config(source)
     if adapter is not None:
+        recorded = adapter.base_model_name_or_path
         source = replace(
-            source, name_or_path=base or adapter.base_model_name_or_path, named_by=f"the base model of {folder},"
+            source,
+            name_or_path=base or recorded,
+            named_by=f"the base model of {folder},",
+            revision=adapter.revision if base in (None, recorded) else None,
         )
         # An adapter trained with --rope_scaling comes with a configuration of its own.
         of_config = of_config if os.path.exists(os.path.join(folder, CONFIG_NAME)) else source
@@ -297,8 +341,12 @@ def load(
     return (model if quantize else model.to(device)).eval(), tokenizer
 
 
-def _adapter_config(source: Pretrained):
-    """The configuration of the adapter in a folder or on the hub, or None if it is no adapter."""
+def adapter_config(source: Pretrained) -> "PeftConfig | None":
+    """Return the configuration of the adapter in a folder or on the hub, or None if it is no adapter.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     from peft import PeftConfig
 
     try:

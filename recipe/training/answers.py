@@ -5,11 +5,13 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.console import UserError
@@ -46,11 +48,13 @@ class Measured(NamedTuple):
         figures: mean over the questions of exact_match, valid_json and the user's metric; and eval_loss.
         answers: the model's answers as text, one for each question.
         questions: the prompts.
+        left_out: how many conversations were left out, by the reason.
     """
 
     figures: dict[str, float]
     answers: list[str]
     questions: list[Question]
+    left_out: dict[str, int]
 
 
 def questions(
@@ -102,15 +106,17 @@ def answer(
     stop_id: int,
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    progress: bool = False,
 ) -> list[str]:
     """Return greedy answers to Questions, as text without the stop token.
 
-    Prompts of similar length share a batch, padded on the left and masked.
+    Prompts of similar length share a batch, padded on the left and masked. `progress` shows a bar in a terminal.
     """
     prompt_ids = [question.prompt_ids for question in asked]
     answers = [""] * len(asked)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    with _evaluating(model):
+    bar = tqdm(total=len(order), desc="answers", disable=None if progress else True)
+    with _evaluating(model), bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = max(len(prompt_ids[i]) for i in chosen)
@@ -129,16 +135,19 @@ def answer(
             for i, new in zip(chosen, output[:, width:].tolist(), strict=True):
                 new = new[: new.index(stop_id)] if stop_id in new else new
                 answers[i] = tokenizer.decode(new, clean_up_tokenization_spaces=False)
+            bar.update(len(chosen))
     return answers
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, rows: Sequence[list[Document]], batch_size: int = 8) -> float:
+def mean_loss(
+    model: PreTrainedModel, rows: Sequence[list[Document]], batch_size: int = 8, progress: bool = False
+) -> float:
     """Return the mean cross entropy over the supervised tokens of `rows` (lists of documents)."""
     total, count = 0.0, 0
     with _evaluating(model):
         collator = Collator(checks.packing_fault(model, Collator()) is None)
-        for start in range(0, len(rows), batch_size):
+        for start in tqdm(range(0, len(rows), batch_size), desc="loss", disable=None if progress else True):
             batch = collator(rows[start : start + batch_size])
             moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
             loss, supervised = supervised_loss(model, moved)
@@ -205,23 +214,28 @@ def measure(
     batch_size: int = 16,
     metric: Metric | None = None,
     max_length: int | None = None,
+    progress: bool = False,
 ) -> Measured:
     """Answer the last turn of each conversation and compute the loss of all its turns.
 
     Args:
         encoder: encodes for the model's tokenizer, in the mode that the model was trained in.
         max_length: leave out conversations with a longer document, in tokens.
+        progress: whether to show a progress bar in a terminal.
 
     Raises:
         UserError: no conversation has an assistant turn to answer.
     """
-    asked = questions(conversations, encoder, max_length)
+    rows = [encoded.documents for encoded in encoder.encode_batch(conversations)]
+    longest = [max((len(document["input_ids"]) for document in row), default=0) for row in rows]
+    kept = [number for number, length in enumerate(longest) if 0 < length <= (max_length or math.inf)]
+    left_out = {"without an assistant turn to answer": longest.count(0)}
+    left_out[f"longer than {max_length} tokens"] = len(rows) - len(kept) - longest.count(0)
+    asked = questions([conversations[number] for number in kept], encoder)
     if not asked:
         limit = f" of at most {max_length} tokens" if max_length else ""
         raise UserError(f"no conversation{limit} has an assistant turn to be answered.")
-    answers = answer(model, encoder.tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size)
+    answers = answer(model, encoder.tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size, progress)
     figures = mean_scores(scores(text, question, metric) for text, question in zip(answers, asked, strict=True))
-    rows = [encoded.documents for encoded in encoder.encode_batch(conversations) if encoded.documents]
-    if max_length:
-        rows = [row for row in rows if max(len(document["input_ids"]) for document in row) <= max_length]
-    return Measured(figures | {"eval_loss": mean_loss(model, rows)}, answers, asked)
+    figures["eval_loss"] = mean_loss(model, [rows[number] for number in kept], progress=progress)
+    return Measured(figures, answers, asked, {reason: count for reason, count in left_out.items() if count})

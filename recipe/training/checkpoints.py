@@ -27,7 +27,9 @@ from recipe.distributed import engines
 from recipe.model.base_files import Names
 from recipe.training import staging
 
-COMPLETE = "run.json"  # the record of the run, written last into a checkpoint, when every rank has written its part
+COMPLETE = "checkpoint.json"  # the record of its run, written last, when every rank has written its part
+EARLIER = "run.json"  # its name in checkpoints that earlier versions of this recipe wrote
+BEST = "best"  # folder in the output folder with the weights of the lowest evaluation loss
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What made a checkpoint, and what may change before it is resumed
@@ -246,11 +248,12 @@ def write_record(checkpoint: str, record: dict[str, Any]) -> None:
 
 def record_of(checkpoint: str) -> dict[str, Any]:
     """Return what `describe_run` said of the run that wrote a checkpoint; {} where another program wrote it."""
-    path = os.path.join(checkpoint, COMPLETE)
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    for path in (os.path.join(checkpoint, name) for name in (COMPLETE, EARLIER)):
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                record = json.load(file)
+            return record if "exit_reason" not in record else {}  # which run_record.py writes
+    return {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ def _checkpoints(output_dir: str) -> list[str]:
 
 def why_incomplete(folder: str) -> str | None:
     """Return the reason why a checkpoint is incomplete, or None."""
-    if not os.path.exists(os.path.join(folder, COMPLETE)):
+    if not record_of(folder):
         return "it was not written to its end."
     try:
         verify_saved(folder, read=False)  # the numbers were read when they were written, and every rank is here

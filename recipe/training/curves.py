@@ -1,9 +1,21 @@
-"""Draw the loss curves of a run: loss.png beside the model, from the Trainer's own log."""
+"""Draw a run from the Trainer's own log: loss.png beside the model, and the picture of report.html."""
 
+import io
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 PICTURE = "loss.png"
+LOSSES = {"loss": ("-", "training"), "eval_loss": ("o--", "held out")}  # key of the log: style, label
+INK = "#123456"  # of text and lines of the axes; replaced by the page's own colour, which is dark or light
+PANELS = {  # key of the log: label of its axis
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens / s",
+    "memory_gb": "memory (GB)",
+}
 
 
 def plot_loss(log_history: list[dict[str, Any]], output_dir: str) -> str | None:
@@ -16,22 +28,67 @@ def plot_loss(log_history: list[dict[str, Any]], output_dir: str) -> str | None:
     Returns:
         The picture's path, or None if no loss was logged.
     """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    _losses(axes, log_history)
+    path = None
+    if axes.lines:
+        path = os.path.join(output_dir, PICTURE)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+def panels(log_history: list[dict[str, Any]], lengths: Sequence[int], max_length: int) -> str:
+    """Return a picture of losses, other curves and the lengths of conversations, as SVG for a page of any colour.
+
+    Args:
+        log_history: Entries of the Trainer's log.
+        lengths: Tokens of each conversation.
+        max_length: --model_max_length, beyond which conversations are not used whole.
+    """
+    pyplot = _pyplot()
+    parts = ("text", "axes.label", "xtick", "ytick")
+    ink = {"axes.edgecolor": INK, **{f"{part}color" if "." in part else f"{part}.color": INK for part in parts}}
+    with pyplot.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "report", "legend.framealpha": 0}):
+        figure, grid = pyplot.subplots(3, 2, figsize=(10, 9), layout="constrained")
+        first, *others, last = grid.flat
+        _losses(first, log_history)
+        for axes, (key, label) in zip(others, PANELS.items(), strict=True):
+            _curve(axes, log_history, key, "-", None)
+            axes.set(xlabel="optimizer step", ylabel=label)
+        last.hist(np.asarray(lengths), bins=min(40, max(1, len(np.unique(np.asarray(lengths))))))
+        last.axvline(max_length, linestyle="--") if max_length <= 1.5 * max(lengths) else None
+        last.set(xlabel="tokens of a conversation", ylabel="conversations")
+        for axes in grid.flat:
+            axes.grid(alpha=0.3)
+            axes.patch.set_alpha(0)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
+def _pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, style in (("loss", "-"), ("eval_loss", "o--")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label={"loss": "training", "eval_loss": "held out"}[key])
-    if not axes.lines:
-        return None
+    return pyplot
+
+
+def _losses(axes, log_history):
+    for key, (style, label) in LOSSES.items():
+        _curve(axes, log_history, key, style, label)
     axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend()
-    path = os.path.join(output_dir, PICTURE)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
+    if axes.lines:
+        axes.legend()
+
+
+def _curve(axes, log_history, key, style, label):
+    points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+    if points:
+        axes.plot(*zip(*points, strict=True), style, label=label)

@@ -15,9 +15,11 @@ import torch
 import transformers
 
 from recipe.console import UserError, say
+from recipe.distributed import engines
 from recipe.model.loading import load_adapter
 from recipe.model.precision import dtype_name
-from recipe.model.weight_files import WeightFiles, read_json
+from recipe.model.weight_files import WeightFiles
+from recipe.training import checkpoints
 from recipe.training.memory import GB, free_memory
 from recipe.training.merge_plan import Plan, Source
 
@@ -160,8 +162,8 @@ def _trained_in_4_bits(adapter):
         if os.path.exists(path := os.path.join(folder, "run.yaml")):
             with open(path, encoding="utf-8") as file:
                 return bool(re.search(r"^q_lora: true$", file.read(), re.M | re.I))
-        if os.path.exists(path := os.path.join(folder, "run.json")):
-            return read_json(path).get("mode") == "QLoRA"
+        if record := checkpoints.record_of(folder):
+            return record.get("mode") == engines.Mode.QLORA
     return False
 
 

@@ -17,7 +17,7 @@ import transformers
 from transformers.utils import CONFIG_NAME
 
 from recipe.console import UserError, say
-from recipe.model.loading import Pretrained
+from recipe.model.loading import Pretrained, refuse_changed_base
 from recipe.model.precision import dtype_name
 from recipe.model.weight_files import FLOATS, WeightFiles, read_json
 from recipe.training import merge_plan, merge_proof
@@ -25,20 +25,19 @@ from recipe.training.merge_plan import Source
 
 RECORD = "merge.json"  # in the merged folder: what it was made from, and the names of its files
 UNFINISHED = "merge.incomplete"  # folder within the output folder, until all is written and proved
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of an adapter that peft takes off the base
 QUANTISED_NAME = re.compile(
     r"([-_.](unsloth|bnb|mlx|gptq|awq|fp8|mxfp[48]|nvfp4|quantized|dynamic|int[248]|[248]-?bits?|w\d+a\d+))+$", re.I
 )
-# Files of the adapter's folder that replace the base's: the tokenizer with its chat template, and where to stop.
+# Files of the adapter's folder that replace the base's: the tokenizer with its chat template, where to stop, how to ask.
 TRAINED_FILES = re.compile(
-    r"(tokenizer.*|special_tokens_map|added_tokens|chat_template|vocab|merges|generation_config)\.\w+"
+    r"(tokenizer.*|special_tokens_map|added_tokens|chat_template|vocab|merges|generation_config|prompt_mode)\.\w+"
 )
 # The base's files that transformers would prefer to what a newer tokenizer_config.json and chat_template.jinja say.
 SUPERSEDED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja")
 # Files of the base's folder that do not belong to the merged model: weights in other formats, the base's card, and what
 # a training leaves behind.
 LEFT_OUT = re.compile(
-    r"\..*|README\.md|merge\.json|run\.(json|yaml)|trainer_state\.json|(all|train|eval)_results\.json|report\.html"
+    r"\..*|README\.md|merge\.json|run\.(json|yaml)|prompt_mode\.json|trainer_state\.json|(all|train|eval)_results\.json|report\.html"
     r"|loss\.png|.*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data)(\.index\.json)?",
     re.I,
 )
@@ -133,12 +132,7 @@ def _settings(adapter):
     if kind != "LORA":
         raise UserError(f"{entry}: peft_type is {kind}; expected LORA, the only kind that can be merged here.")
     settings = PeftConfig.from_pretrained(adapter)
-    start = str(settings.init_lora_weights).lower()
-    if start.startswith(CHANGES_BASE) or getattr(settings, "kasa_config", None):
-        raise UserError(
-            f"{entry}: the adapter starts as {start} and belongs to a base model that this start changed; expected one "
-            "that was converted when it was saved (peft's save_pretrained with path_initial_model_for_weight_conversion)."
-        )
+    refuse_changed_base(settings, adapter)
     return settings
 
 

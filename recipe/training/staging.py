@@ -19,6 +19,11 @@ def unfinished(output_dir: str) -> str:
     return os.path.join(output_dir, SAVING, UNFINISHED)
 
 
+def place_of(folder: str) -> str:
+    """Return the place that a folder takes when it is published; other folders stay where they are."""
+    return folder.replace(os.path.join(SAVING, UNFINISHED) + os.sep, "")
+
+
 def publish(output_dir: str, name: str) -> None:
     """Let the folder `name` take its place in the output folder, also that of an older one.
 

@@ -41,6 +41,7 @@ class Throughput(transformers.TrainerCallback):
         self.trainer = trainer
         self.counts, self.flops = (0, 0, 0), flops_per_token(trainer.model)  # positions, tokens, supervised
         self.seconds, self.steps, self.mark = 0.0, 0, None
+        self.all_tokens = self.all_supervised = 0  # of all entries
 
     def add(self, batch: dict[str, Any], supervised: torch.Tensor) -> None:
         """Count a micro-batch of `Collator` with this number of supervised tokens; nothing waits for the device."""
@@ -71,6 +72,8 @@ class Throughput(transformers.TrainerCallback):
         args, state = self.trainer.args, self.trainer.state
         sums = torch.tensor([int(count) for count in self.counts], dtype=torch.float64, device=args.device)
         positions, tokens, supervised = self.trainer.accelerator.reduce(sums).tolist()
+        self.all_tokens += int(tokens)
+        self.all_supervised += int(supervised)
         figures = {
             "tokens_per_second": round(tokens / self.seconds, 1),
             "supervised_tokens_per_second": round(supervised / self.seconds, 1),
@@ -83,6 +86,11 @@ class Throughput(transformers.TrainerCallback):
             figures["mfu"] = round(tokens * self.flops / self.seconds / args.world_size / peak, 3)
         self.counts, self.seconds, self.steps = (0, 0, 0), 0.0, 0
         return figures
+
+    def totals(self) -> dict[str, int]:
+        """Return the tokens that were trained on since the start, over all processes. Every rank must call this."""
+        self.entry()
+        return {"tokens": self.all_tokens, "supervised_tokens": self.all_supervised}
 
 
 def flops_per_token(model: torch.nn.Module) -> float:

@@ -23,12 +23,14 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from recipe.console import UserError
 from recipe.dataset import mixing, packing
 from recipe.distributed import engines, weights
-from recipe.model import experts, rope
+from recipe.model import adapter as adapters
+from recipe.model import experts, loading, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks, staging
+from recipe.training.checkpoints import BEST
+from recipe.training.run_record import RunRecord
 from recipe.training.throughput import Throughput
 
-BEST = "best"  # folder in the output folder with the weights of the lowest evaluation loss
 BEST_METRICS = "metrics.json"
 
 
@@ -39,6 +41,7 @@ class RecipeTrainer(transformers.Trainer):
         save: Function of (trainer, folder, rows) that writes and checks the weights on behalf of all ranks, or the
             first `rows` rows of each tensor; finetune.py's `safe_save_model_for_hf_trainer`.
         record: What checkpoints remember of the run, see `checkpoints.describe_run`.
+        run_record: What is written about the run beside its weights.
         questions: Held-out prompts to answer at each evaluation; `metric` scores an answer besides the built-in scores,
             `stop_id` is the token id that ends one.
         kwargs: Arguments of the Trainer. `eval_dataset` is {name: dataset}, or None.
@@ -52,6 +55,7 @@ class RecipeTrainer(transformers.Trainer):
         *,
         save: Callable[["RecipeTrainer", str, int | None], None],
         record: dict[str, Any] | None = None,
+        run_record: RunRecord | None = None,
         questions: list[answers.Question] | None = None,
         metric: Callable[[str, str, list], float] | None = None,
         stop_id: int | None = None,
@@ -59,6 +63,7 @@ class RecipeTrainer(transformers.Trainer):
     ):
         config = model.config.get_text_config()
         use_cache = config.use_cache
+        adapters.remember_start(model)
         # Of the settings that transformers sets while it trains, those that the configuration has not. That of a vision
         # checkpoint has them in its part for text.
         self._absent = {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"} - vars(model.config).keys()
@@ -68,7 +73,8 @@ class RecipeTrainer(transformers.Trainer):
         config.use_cache = use_cache
         # transformers before 5.23 clears it when training starts, as Qwen's tokenizers name no such token.
         self._bos = config.bos_token_id, self.model.generation_config.bos_token_id
-        self.save, self.record = save, record or {}
+        self.base = loading.found_from_anywhere(model.config._name_or_path, self.args.cache_dir)
+        self.save, self.record, self.run_record = save, record or {}, run_record
         self.questions, self.metric, self.stop_id = questions or [], metric, stop_id
         self.head = fuse_loss_into_head(self.model)
         # An adapter leaves the routers as they are, and their balance with them.
@@ -76,6 +82,8 @@ class RecipeTrainer(transformers.Trainer):
         self.best_loss = self._recorded_best()
         self._eval_sums = self._file_sums = None
         self._run_dir: str | None = None  # where a checkpoint is being written
+        patience = self.args.early_stopping_patience
+        self.early_stopping = transformers.EarlyStoppingCallback(patience) if patience else None
         self.throughput = Throughput(self)
         self.add_callback(checks.SelfChecks(self))
         self.add_callback(self.throughput)
@@ -173,10 +181,22 @@ class RecipeTrainer(transformers.Trainer):
         return metrics
 
     def _evaluate(self, *args, **kwargs):
-        """Evaluate in the course of training, where the best weights are kept."""
+        """Evaluate in the course of training, where the best weights are kept and training may be stopped."""
+        before = [entry[name] for entry in self.state.log_history if (name := self._judged_by()) in entry]
         metrics = super()._evaluate(*args, **kwargs)
         self.keep_best(metrics)
+        if self.early_stopping:
+            # Called here and not by the Trainer, which calls for each evaluation file by itself. Counted from the log, so
+            # that a resumed run stops where an unbroken one does.
+            best = max(before, default=None) if self.args.greater_is_better else min(before, default=None)
+            since = len(before) - 1 - before.index(best) if before else 0
+            self.early_stopping.early_stopping_patience_counter = since
+            self.early_stopping.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _judged_by(self):
+        """Name in the log of the figure that early stopping looks at."""
+        return f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
     def _answer_questions(self, prefix):
         """Answer the held-out prompts greedily, shared out among the ranks; return the mean of every score."""
@@ -247,6 +267,18 @@ class RecipeTrainer(transformers.Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Load the weights of a checkpoint; of an adapter that was converted when it was saved, what is trained."""
+        from peft import PeftConfig, set_peft_model_state_dict
+        from peft.utils import load_peft_weights
+
+        target = self.accelerator.unwrap_model(self.model)
+        converted = hasattr(target, "first_factors") and not self.is_fsdp_enabled
+        if not converted or loading.changes_base(PeftConfig.from_pretrained(resume_from_checkpoint)):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = load_peft_weights(resume_from_checkpoint, device="cpu")
+        set_peft_model_state_dict(target, adapters.trained_half(state))
+
     def rehearse(self) -> None:
         """Write and check a small copy through the path of all saves, so that no run fails at its last line."""
         folder = os.path.join(self.args.output_dir, ".rehearsal")
@@ -275,12 +307,18 @@ class RecipeTrainer(transformers.Trainer):
             stale = ("model*.safetensors*", *[CONFIG_NAME] * adapter, *["adapter_*"] * (not adapter))
             for path in (path for pattern in stale for path in glob.glob(os.path.join(output_dir, pattern))):
                 os.remove(path)  # else whoever loads the folder would find both and take one
-        super()._save(output_dir, state_dict)
+        with adapters.as_saved(model, self.base):
+            super()._save(output_dir, state_dict)
         model.generation_config.save_pretrained(output_dir)
+        if self.run_record:
+            self.run_record.write_about(self, output_dir)
         for path in glob.glob(os.path.join(glob.escape(output_dir), "*.safetensors")):
             shutil.copymode(os.path.join(output_dir, GENERATION_CONFIG_NAME), path)  # safetensors lets nobody else read
         if adapter and rope.is_extended(model.config.get_text_config()):
             model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the card of `run_record`, which the Trainer would replace by a form when it pushes to the hub."""
 
     def _get_output_dir(self, trial):
         return self._run_dir or super()._get_output_dir(trial)

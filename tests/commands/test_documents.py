@@ -51,7 +51,9 @@ def test_every_command_runs_in_the_order_of_the_text(tiny_model, tmp_path):
         if command.startswith("bash finetune_"):
             checkpoints.verify_saved(tmp_path / command.split()[-1])
             assert "single_gpu" in command or "x 2 ranks" in said and "engine: " in said
-        if " eval.py" in command:
+        if " eval.py" in command and "Instruct output " in command:
+            assert said.count("\n| ") == 2 and "| exact_match | valid_json | eval_loss |" in said
+        elif " eval.py" in command:
             assert json.loads(said.splitlines()[-1]).keys() == {"exact_match", "valid_json", "eval_loss"}
     assert (tmp_path / "output-merged" / "model.safetensors").exists()
 

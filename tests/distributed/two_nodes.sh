@@ -112,9 +112,9 @@ code_is() { # code_is RANK WANTED, where WANTED is 0 or not-0
 
 after() { echo "$(($(<"$work/seconds-$1") - $2)) s"; }
 
-newest_checkpoint() { # marked as complete by its run.json, which is written last
+newest_checkpoint() { # marked as complete by its checkpoint.json, which is written last
   local mark
-  mark=$(find "$work/output" -path '*/checkpoint-*/run.json' 2>/dev/null | sort -V | tail -n 1)
+  mark=$(find "$work/output" -path '*/checkpoint-*/checkpoint.json' 2>/dev/null | sort -V | tail -n 1)
   [[ $mark ]] && dirname "$mark"
 }
 

@@ -33,7 +33,7 @@ def test_the_kills_are_at_every_file_of_every_save(results):
     assert results["undisturbed"][0] == 0
     events = [kill["event"] for kill in results["killed"]]
     for step in (1, 2, 3):
-        for name in ("adapter_config.json", "trainer_state.json", "run.json"):
+        for name in ("adapter_config.json", "trainer_state.json", "checkpoint.json"):
             assert f"open /.saving/unfinished/checkpoint-{step}/{name}" in events
         assert f"os.rename /.saving/unfinished/checkpoint-{step}" in events
         assert f"os.rename /.saving/checkpoint-{step}" in events

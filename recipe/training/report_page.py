@@ -1,0 +1,102 @@
+"""Write report.html: a run on one page, without a network, a script or another file."""
+
+import html
+import json
+import os
+from typing import Any
+
+from recipe.dataset import report
+from recipe.training import curves
+
+FILE = "report.html"
+STYLE = """
+:root { color-scheme: light dark; --line: light-dark(#ddd, #444); --back: light-dark(#fff, #181818);
+  --text: light-dark(#222, #ddd); --code: light-dark(#f4f4f4, #262626); }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
+  background: var(--back); color: var(--text); }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse } td, th { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0;
+  text-align: left; vertical-align: top }
+pre { background: var(--code); padding: .6rem; overflow-x: auto; white-space: pre-wrap }
+svg { width: 100%; height: auto; color: var(--text) }
+"""
+
+
+def write(
+    facts: dict[str, Any],
+    usage: dict[str, str],
+    log_history: list[dict[str, Any]],
+    datasets: dict[str, Any],
+    folder: str,
+) -> None:
+    """Write the page into the output folder of a run.
+
+    Args:
+        facts: those of `RunRecord`.
+        usage: what to do with the weights, from `model_card.usage`.
+        log_history: entries of the Trainer's log.
+        datasets: "training" and those to evaluate on, {name: SupervisedDataset}.
+        folder: output folder.
+    """
+    training = datasets["training"]
+    title = f"{os.path.basename(os.path.normpath(folder))}: {facts['base']['name_or_path']}"
+    parts = [
+        f"<h1>{_escaped(title)}</h1>",
+        _table(_summary(facts)),
+        "<h2>Curves</h2>",
+        curves.panels(log_history, training.lengths, training.max_length),
+        *_evaluations(facts["evaluations"]),
+        "<h2>Data: what was read, kept and dropped</h2>",
+        *(
+            f"<h3>{_escaped(name)}</h3><pre>{_escaped(report.rows(dataset))}</pre>"
+            for name, dataset in datasets.items()
+        ),
+        "<h2>Use</h2>",
+        _table(usage),
+        "<h2>Repeat</h2>",
+        f"<pre>python finetune.py {_escaped(os.path.join(folder, 'run.yaml'))}</pre>",
+        _table({"set by the user": ", ".join(f"--{name} {_value(facts, name)}" for name in facts["set_by_user"])}),
+    ]
+    head = f'<meta charset="utf-8"><title>{_escaped(title)}</title><style>{STYLE}</style>'
+    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
+        file.write(page)
+
+
+def _summary(facts):
+    place, loss = facts["hardware"], (facts["first_loss"], facts["last_loss"])
+    return {
+        "end": facts["exit_reason"],
+        "steps": f"{facts['steps']:,} in {facts['seconds']:,} seconds, {facts['epochs']:g} epochs",
+        "tokens": f"{facts['tokens']:,}, {facts['supervised_tokens']:,} of them supervised",
+        "loss": " to ".join("none" if value is None else f"{value:.4g}" for value in loss),
+        "best step": facts["best_step"],
+        "hardware": f"{place['device']}, {place['processes']} processes, peak memory {facts['peak_memory_gb']} GB",
+        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "commit": facts["commit"],
+    }
+
+
+def _evaluations(evaluations):
+    if not evaluations:
+        return []
+    names = list(dict.fromkeys(name for entry in evaluations for name in entry))
+    cells = ([f"{entry[name]:.5g}" if name in entry else "" for name in names] for entry in evaluations)
+    rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in cells]
+    head = "".join(f"<th>{_escaped(name)}</th>" for name in names)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return ["<h2>Evaluations</h2>", f"<table><tr>{head}</tr>{body}</table>"]
+
+
+def _value(facts, name):
+    value = facts["arguments"].get(name)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _table(rows):
+    cells = (f"<tr><th>{_escaped(name)}</th><td>{_escaped(text)}</td></tr>" for name, text in rows.items())
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _escaped(text: Any) -> str:
+    return html.escape(str(text))
