@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from recipe import command_line, console
+from recipe import command_line, console, signals
 
 if __name__ == "__main__":
+    signals.watch()
     console.configure_libraries()  # before the libraries are imported
     gc.disable()  # until main(): imports free hardly any memory, and looking for it takes a fifth of their time
 import numpy as np
@@ -43,7 +44,7 @@ from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, rope
 from recipe.model.base_files import BaseFiles
-from recipe.training import answers, checkpoints, curves, start_report
+from recipe.training import answers, checkpoints, curves, interruption, start_report
 from recipe.training.trainer import RecipeTrainer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,6 +129,8 @@ class TrainingArguments(transformers.TrainingArguments):
         "Learning-rate schedule, by its transformers name; constant_with_warmup for a run of unknown length.",
         metavar="NAME")
     save_total_limit: int | None = flag(2, "Newest checkpoints to keep; 0 keeps all.", at_least=0)
+    save_on_signal: bool = flag(True,
+        "Save a checkpoint when a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) ends the run; a second Ctrl-C ends it at once.")
     logging_steps: float = flag(10, "Optimizer steps between two lines of the log; below 1, a share of all steps.")
     logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses in the log instead of stopping at them.")
 
@@ -467,13 +470,15 @@ def run(
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
     start_report.refuse_full_disk(trainer, compute_dtype)
     say(start_report.describe(trainer, compute_dtype, lora_args))
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
-    trainer.save_state()
+    with interruption.deferred(training_args):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
+        trainer.save_state()
+        if training_args.should_save:
+            command_line.write_run_yaml((model_args, data_args, training_args, lora_args), training_args.output_dir)
     if eval_dataset is not None:  # after the save: a failing evaluation costs no weights
         metrics.update(trainer.evaluate_at_end())
     if training_args.should_save:
-        command_line.write_run_yaml((model_args, data_args, training_args, lora_args), training_args.output_dir)
         curves.plot_loss(trainer.state.log_history, training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()
@@ -483,10 +488,7 @@ def run(
 def main() -> None:
     """Train as the command line says; a user's mistake is one sentence and exit code 2."""
     gc.enable()
-    try:
-        train()
-    except UserError as error:
-        console.fail(error)
+    console.run(train)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 OTHER_RANKS_WAIT = 10  # seconds in which the launcher, after rank 0 has failed, ends the other ranks
@@ -30,8 +31,22 @@ def fail(error: Exception) -> NoReturn:
     raise SystemExit(2)
 
 
-def leave() -> NoReturn:
-    """End a finished program with exit code 0: wait for threads, run exit functions, and skip the interpreter's teardown.
+def run(program: Callable[[], object]) -> None:
+    """Run a program, and end the process after a user's mistake (see `fail`) or where it ends itself.
+
+    Raises:
+        SystemExit: after a user's mistake.
+    """
+    try:
+        program()
+    except UserError as error:
+        fail(error)
+    except SystemExit as end:
+        leave(int(end.code or 0))
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End a finished program: wait for threads, run exit functions, and skip the interpreter's teardown.
 
     gloo's threads live on after destroy_process_group. One that still frees a tensor when the interpreter is torn down
     ends the finished run with SIGABRT ("terminate called without an active exception"), in about 1 of 80 runs.
@@ -40,7 +55,15 @@ def leave() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+def write_line(text: str) -> None:
+    """Print a line to stderr from any thread, whatever the main thread does and holds."""
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # in a thread, as it may wait for a lock
+    flush.start()
+    flush.join(1)
+    os.write(2, f"\n{text}\n".encode())  # starts a new line, below a progress bar
 
 
 def configure_libraries() -> None:

@@ -52,7 +52,7 @@ NOT_COMPARED = frozenset(
     eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches eval_use_gather_object
     eval_accumulation_steps per_device_eval_batch_size prediction_loss_only batch_eval_metrics bf16_full_eval
     fp16_full_eval load_best_model_at_end metric_for_best_model greater_is_better
-    save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
+    save_strategy save_steps save_total_limit save_only_model save_on_signal stall_minutes save_on_each_node enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     """.split()
 )

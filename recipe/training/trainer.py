@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from recipe import signals
 from recipe.console import UserError
 from recipe.dataset import mixing, packing
 from recipe.distributed import engines, weights
 from recipe.model import experts, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks, staging
+from recipe.training.interruption import Interruption
 from recipe.training.throughput import Throughput
 
 BEST = "best"  # folder in the output folder with the weights of the lowest evaluation loss
@@ -79,6 +81,8 @@ class RecipeTrainer(transformers.Trainer):
         self.throughput = Throughput(self)
         self.add_callback(checks.SelfChecks(self))
         self.add_callback(self.throughput)
+        self.interruption = Interruption(self)
+        self.add_callback(self.interruption)
 
     def compute_loss(
         self,
@@ -106,6 +110,14 @@ class RecipeTrainer(transformers.Trainer):
         return 0  # the Trainer would walk through all parameters for each micro-batch; see throughput.py
 
     # Rows
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Return no batch after the last step, where the Trainer would take one more if it resumes from there."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         """Fill the last batches with empty conversations; the Trainer would take some rows twice."""
@@ -174,9 +186,19 @@ class RecipeTrainer(transformers.Trainer):
 
     def _evaluate(self, *args, **kwargs):
         """Evaluate in the course of training, where the best weights are kept."""
-        metrics = super()._evaluate(*args, **kwargs)
+        random_state = torch.get_rng_state()  # of which each loader of rows draws a number
+        try:
+            metrics = super()._evaluate(*args, **kwargs)
+        except signals.Interrupted:
+            torch.set_rng_state(random_state)
+            self.interruption.save_unevaluated()
         self.keep_best(metrics)
         return metrics
+
+    def _load_rng_state(self, checkpoint):
+        """Restore the random state of the checkpoint's step, which comes before that step's evaluation."""
+        super()._load_rng_state(checkpoint)
+        self.interruption.evaluate_if_due()
 
     def _answer_questions(self, prefix):
         """Answer the held-out prompts greedily, shared out among the ranks; return the mean of every score."""
