@@ -44,7 +44,7 @@ from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, rope
 from recipe.model.base_files import BaseFiles
-from recipe.training import answers, checkpoints, curves, interruption, start_report
+from recipe.training import answers, checkpoints, curves, interruption, out_of_memory, start_report
 from recipe.training.trainer import RecipeTrainer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,6 +131,8 @@ class TrainingArguments(transformers.TrainingArguments):
     save_total_limit: int | None = flag(2, "Newest checkpoints to keep; 0 keeps all.", at_least=0)
     save_on_signal: bool = flag(True,
         "Save a checkpoint when a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) ends the run; a second Ctrl-C ends it at once.")
+    stall_minutes: float = flag(30,
+        "Minutes without progress after which a rank prints where it stands and ends the run; 0: never.", at_least=0)
     logging_steps: float = flag(10, "Optimizer steps between two lines of the log; below 1, a share of all steps.")
     logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses in the log instead of stopping at them.")
 
@@ -419,7 +421,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
 def train(argv: list[str] | None = None) -> dict[str, float]:
     """Train as a command line says, that of this process if None; return the Trainer's metrics."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    with nodes.watch():  # of several machines, each ends when another one is gone
+    with nodes.watch(), out_of_memory.explained():  # of several machines, each ends when another one is gone
         return run(*arguments)
 
 
@@ -470,14 +472,15 @@ def run(
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
     start_report.refuse_full_disk(trainer, compute_dtype)
     say(start_report.describe(trainer, compute_dtype, lora_args))
-    with interruption.deferred(training_args):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
-        trainer.save_state()
-        if training_args.should_save:
-            command_line.write_run_yaml((model_args, data_args, training_args, lora_args), training_args.output_dir)
-    if eval_dataset is not None:  # after the save: a failing evaluation costs no weights
-        metrics.update(trainer.evaluate_at_end())
+    with trainer.stalls, out_of_memory.explained(trainer, compute_dtype, lora_args):
+        with interruption.deferred(training_args):
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+            safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
+            trainer.save_state()
+            if training_args.should_save:
+                command_line.write_run_yaml((model_args, data_args, training_args, lora_args), training_args.output_dir)
+        if eval_dataset is not None:  # after the save: a failing evaluation costs no weights
+            metrics.update(trainer.evaluate_at_end())
     if training_args.should_save:
         curves.plot_loss(trainer.state.log_history, training_args.output_dir)
     if training_args.push_to_hub:

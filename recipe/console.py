@@ -16,19 +16,22 @@ OTHER_RANKS_WAIT = 10  # seconds in which the launcher, after rank 0 has failed,
 class UserError(Exception):
     """A mistake in the user's files or flags, described in one sentence; the scripts print it, exit code 2."""
 
+    exit_code = 2
 
-def fail(error: Exception) -> NoReturn:
-    """Print a user's mistake as one sentence and exit with code 2.
+
+def fail(error: UserError) -> NoReturn:
+    """Print a user's mistake as one sentence and exit with its code.
 
     When all ranks find the same mistake, rank 0 prints it and the launcher ends the others before they print it again.
+    An error with another code than 2 is that of one rank.
 
     Raises:
         SystemExit: always.
     """
-    if rank() > 0:
+    if rank() > 0 and error.exit_code == 2:
         time.sleep(OTHER_RANKS_WAIT)
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(error.exit_code)
 
 
 def run(program: Callable[[], object]) -> None:

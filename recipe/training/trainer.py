@@ -28,6 +28,8 @@ from recipe.model import experts, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks, staging
 from recipe.training.interruption import Interruption
+from recipe.training.losses import LossWatch
+from recipe.training.stalls import StallWatch
 from recipe.training.throughput import Throughput
 
 BEST = "best"  # folder in the output folder with the weights of the lowest evaluation loss
@@ -76,13 +78,15 @@ class RecipeTrainer(transformers.Trainer):
         # An adapter leaves the routers as they are, and their balance with them.
         self.balancing = 0.0 if hasattr(model, "peft_config") else experts.balancing_weight(model.config)
         self.best_loss = self._recorded_best()
-        self._eval_sums = self._file_sums = None
+        self._eval_sums = self._file_sums = self._evaluated = None
         self._run_dir: str | None = None  # where a checkpoint is being written
-        self.throughput = Throughput(self)
+        self.throughput, self.losses = Throughput(self), LossWatch(self)
         self.add_callback(checks.SelfChecks(self))
         self.add_callback(self.throughput)
         self.interruption = Interruption(self)
         self.add_callback(self.interruption)
+        self.stalls = StallWatch(self.args.stall_minutes)
+        self.add_callback(self.stalls)
 
     def compute_loss(
         self,
@@ -95,9 +99,12 @@ class RecipeTrainer(transformers.Trainer):
         evaluating = self._file_sums is not None
         smoothing = 0.0 if evaluating else self.args.label_smoothing_factor
         balancing = 0.0 if evaluating else self.balancing
+        self.losses.rows = inputs.get("rows", [])
+        self.losses.dataset = self._evaluated if evaluating else self.train_dataset
         total, supervised = supervised_loss(model, inputs, smoothing, self.head, balancing)
         if not evaluating:
             self.throughput.add(inputs, supervised)
+            self.losses.add(total.detach() / supervised.clamp(min=1))
         else:
             self._file_sums += torch.stack([total.detach().double(), supervised.double()])
         count = num_items_in_batch if num_items_in_batch is not None else supervised.clamp(min=1)
@@ -105,6 +112,11 @@ class RecipeTrainer(transformers.Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is their sum
         return (loss, {}) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.losses.add_norm(norm)
+        return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer would walk through all parameters for each micro-batch; see throughput.py
@@ -156,6 +168,7 @@ class RecipeTrainer(transformers.Trainer):
         self, dataloader: DataLoader, description: str, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         self._file_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._evaluated = getattr(dataloader.dataset, "dataset", None)
         try:
             output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
             sums = self.accelerator.reduce(self._file_sums)
@@ -247,6 +260,8 @@ class RecipeTrainer(transformers.Trainer):
     # The log
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.is_in_train and "loss" in logs:
+            self.losses.look()
         self._refuse_infinite(logs)
         if "loss" in logs:
             logs |= self.throughput.entry()
@@ -313,6 +328,7 @@ class RecipeTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint beside its place, which it takes when every rank has written its part."""
+        self.losses.look()  # no checkpoint of weights that are lost takes the place of a good one
         output_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._run_dir = staging.unfinished(output_dir)
         folder, place = os.path.join(self._run_dir, name), os.path.join(output_dir, name)

@@ -81,7 +81,7 @@ start_both() {
         NNODES=2 NODE_RANK=$rank MASTER_ADDR=10.77.0.1 MASTER_PORT=$port NPROC_PER_NODE=1 GLOO_SOCKET_IFNAME=eth0 \
         OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$work/cache-$rank" PYTHON="$python" \
         bash "$root/$launcher" -m "$work/model" -d "$work/rows.jsonl" -o "$work/output" --use_cpu True \
-        --max_steps $steps --save_steps 20 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "$@" \
+        --max_steps $steps --save_steps 20 --logging_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "$@" \
         >"$work/$log-$rank.log" 2>&1 </dev/null
       code=$?
       date +%s >"$work/seconds-$rank"
