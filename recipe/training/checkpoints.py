@@ -246,11 +246,12 @@ def write_record(checkpoint: str, record: dict[str, Any]) -> None:
 
 def record_of(checkpoint: str) -> dict[str, Any]:
     """Return what `describe_run` said of the run that wrote a checkpoint; {} where another program wrote it."""
-    path = os.path.join(checkpoint, COMPLETE)
-    if not os.path.exists(path):
+    try:
+        with open(os.path.join(checkpoint, COMPLETE), encoding="utf-8") as file:
+            record = json.load(file)
+    except (OSError, ValueError):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return record if isinstance(record, dict) and FACTS.keys() & record.keys() else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,8 +306,13 @@ def _find(asked: str, output_dir: str, recover: bool) -> str | None:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: no folder of a checkpoint (it lacks {TRAINER_STATE_NAME})."
             )
-        problem = why_incomplete(asked) if record_of(asked) else None
-        if problem:
+        if not record_of(asked):  # optimizer states are pickles, and DeepSpeed runs what a pickle says
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: has no {COMPLETE} of this recipe, so another program wrote it, or it "
+                "was not written to its end; start a new run from its weights with --model_name_or_path or "
+                "--lora_weight_path."
+            )
+        if problem := why_incomplete(asked):
             raise UserError(f"--resume_from_checkpoint {asked}: {problem}")
         return asked
     for name in staging.recover(output_dir) if recover else []:
@@ -333,8 +339,8 @@ def _checkpoints(output_dir: str) -> list[str]:
 
 def why_incomplete(folder: str) -> str | None:
     """Return the reason why a checkpoint is incomplete, or None."""
-    if not os.path.exists(os.path.join(folder, COMPLETE)):
-        return "it was not written to its end."
+    if not record_of(folder):
+        return "it was not written to its end by this recipe."
     try:
         verify_saved(folder, read=False)  # the numbers were read when they were written, and every rank is here
     except UserError as error:
