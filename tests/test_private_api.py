@@ -36,7 +36,10 @@ PRIVATE = [
     (modeling_lfm2, "Lfm2ShortConv"),
     *(
         (transformers.Trainer, name)
-        for name in ("_get_dataloader", "_get_train_sampler", "_evaluate", "_save", "_save_checkpoint")
+        for name in (
+            *("_get_dataloader", "_get_train_sampler", "_evaluate", "_save", "_save_checkpoint"),
+            *("_get_grad_norm", "_load_rng_state", "_maybe_log_save_evaluate"),
+        )
     ),
     (transformers.Trainer, "set_initial_training_values"),
     (transformers.PreTrainedConfig(), "_attn_implementation"),
