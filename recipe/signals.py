@@ -62,11 +62,28 @@ def watch() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # the signals of a child are its own
+    os.register_at_fork(after_in_child=_leave_to_parent)
     for number in ENDING:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     threading.Thread(target=_read, args=[reader], daemon=True).start()
+
+
+def _leave_to_parent() -> None:
+    """In a forked child, such as one that loads rows: let only the parent end it, which needs it for its last step.
+
+    Terminals and schedulers signal all processes of a run.
+    """
+
+    def wait() -> None:
+        while signal.sigwaitinfo(ENDING).si_pid != parent:
+            pass
+        os._exit(0)
+
+    parent = os.getppid()
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _read(reader: int) -> None:

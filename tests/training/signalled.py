@@ -3,7 +3,8 @@
 python signalled.py CASES.json RESULTS.json
 
 Every run is a fork of this process, which has imported everything and computed nothing. CASES.json is
-{name: {"words": command line, "when": [event, count], "signals": [...], "resumes": bool}}.
+{name: {"words": command line, "when": [event, count], "signals": [...], "group": bool, "resumes": bool}}; with "group",
+those who load rows are signalled, too.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import time
 
@@ -24,10 +26,11 @@ from recipe import console, signals  # noqa: E402
 
 
 class Signal(transformers.TrainerCallback):
-    """Sends signals to this very process when an event of the Trainer comes for the `count`-th time."""
+    """Sends signals to this process, or to its group, when an event of the Trainer comes for the `count`-th time."""
 
-    def __init__(self, event, count, numbers):
+    def __init__(self, event, count, numbers, group):
         self.left, self.numbers = count, numbers
+        self.target = str(-os.getpid() if group else os.getpid())
         setattr(self, event, self.happens)
 
     def happens(self, *args, **kwargs):
@@ -35,7 +38,7 @@ class Signal(transformers.TrainerCallback):
         if self.left:
             return
         for number in self.numbers:
-            os.kill(os.getpid(), getattr(signal, number))
+            subprocess.run(["kill", "-s", number.removeprefix("SIG"), "--", self.target], start_new_session=True)
             time.sleep(0.7)
         if self.numbers[1:]:
             time.sleep(60)  # what a collective does that waits for a rank that is gone
@@ -61,7 +64,7 @@ def program(case):
         class Signalled(finetune.RecipeTrainer):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
-                self.add_callback(Signal(event, count, case["signals"]))
+                self.add_callback(Signal(event, count, case["signals"], case.get("group")))
 
         finetune.RecipeTrainer = Signalled
     elif event != "never":
@@ -79,6 +82,7 @@ def forked(function, log):
     if child:
         status = os.waitpid(child, 0)[1]
         return os.waitstatus_to_exitcode(status), time.monotonic() - started
+    os.setpgrp()
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)

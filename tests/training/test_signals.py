@@ -18,6 +18,7 @@ MOMENTS = {  # when: what is signalled, and with which further flags
     "in an evaluation": {"when": ["on_prediction_step", 5], "signals": ["SIGTERM"], "more": STEPS},
     "before an evaluation": {"when": ["on_step_begin", 4], "signals": ["SIGTERM"], "more": STEPS},
     "in a save": {"when": ["checkpoint-2/adapter_config.json", 1], "signals": ["SIGUSR1"], "more": [*STEPS, "--save_strategy", "steps", "--save_steps", 2]},
+    "in all processes": {"when": ["on_step_begin", 3], "signals": ["SIGTERM"], "group": True, "more": [*STEPS, "--dataloader_num_workers", 2]},
     "at the end of an epoch": {"when": ["on_step_begin", 4], "signals": ["SIGTERM"], "more": EPOCHS},
 }  # fmt: skip
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138, "SIGHUP": 129}
@@ -89,6 +90,7 @@ def test_the_checkpoint_is_that_of_the_step_in_which_the_signal_came(ran):
         "in an evaluation": ["checkpoint-4"],  # its second one; each has three batches
         "before an evaluation": ["checkpoint-4"],
         "in a save": ["checkpoint-2"],
+        "in all processes": ["checkpoint-3"],
         "at the end of an epoch": ["checkpoint-4"],
     }
 
