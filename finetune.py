@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from recipe import command_line, console
+from recipe import command_line, console, signals
 
 if __name__ == "__main__":
+    signals.watch()
     console.configure_libraries()  # before the libraries are imported
     gc.disable()  # until main(): imports free hardly any memory, and looking for it takes a fifth of their time
 import numpy as np
@@ -43,7 +44,7 @@ from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, rope
 from recipe.model.base_files import BaseFiles
-from recipe.training import answers, checkpoints, start_report
+from recipe.training import answers, checkpoints, interruption, out_of_memory, start_report
 from recipe.training.run_record import RunRecord
 from recipe.training.trainer import RecipeTrainer
 
@@ -129,6 +130,10 @@ class TrainingArguments(transformers.TrainingArguments):
         "Learning-rate schedule, by its transformers name; constant_with_warmup for a run of unknown length.",
         metavar="NAME")
     save_total_limit: int | None = flag(2, "Newest checkpoints to keep; 0 keeps all.", at_least=0)
+    save_on_signal: bool = flag(True,
+        "Save a checkpoint when a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) ends the run; a second Ctrl-C ends it at once.")
+    stall_minutes: float = flag(30,
+        "Minutes without progress after which a rank prints where it stands and ends the run; 0: never.", at_least=0)
     logging_steps: float = flag(10, "Optimizer steps between two lines of the log; below 1, a share of all steps.")
     early_stopping_patience: int | None = flag(None,
         "Stop after this number of evaluations without a better eval_loss (or --metric_for_best_model).", at_least=1)
@@ -400,9 +405,6 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
     weights.raise_on_all_ranks(problem)  # the others would wait for rank 0 in the next collective
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]:
     """Return the arguments of a command line, checked and completed.
 
@@ -420,7 +422,7 @@ def train(argv: list[str] | None = None) -> dict[str, float]:
     """Train as a command line says, that of this process if None; return the Trainer's metrics."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
-    with nodes.watch():  # of several machines, each ends when another one is gone
+    with nodes.watch(), out_of_memory.explained():  # of several machines, each ends when another one is gone
         return run(*arguments, list(command_line.read(argv, ARGUMENTS, notice=str)))
 
 
@@ -473,10 +475,11 @@ def run(
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
     start_report.refuse_full_disk(trainer, compute_dtype)
     say(start_report.describe(trainer, compute_dtype, lora_args))
-    with about.reporting(trainer):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
-        trainer.save_state()
+    with about.reporting(trainer), trainer.stalls, out_of_memory.explained(trainer, compute_dtype, lora_args):
+        with interruption.deferred(training_args):
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+            safe_save_model_for_hf_trainer(trainer, training_args.output_dir)
+            trainer.save_state()
         if eval_dataset is not None:  # after the save: a failing evaluation costs no weights
             metrics.update(trainer.evaluate_at_end())
     if training_args.push_to_hub:
@@ -487,10 +490,7 @@ def run(
 def main() -> None:
     """Train as the command line says; a user's mistake is one sentence and exit code 2."""
     gc.enable()
-    try:
-        train()
-    except UserError as error:
-        console.fail(error)
+    console.run(train)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 OTHER_RANKS_WAIT = 10  # seconds in which the launcher, after rank 0 has failed, ends the other ranks
@@ -15,23 +16,40 @@ OTHER_RANKS_WAIT = 10  # seconds in which the launcher, after rank 0 has failed,
 class UserError(Exception):
     """A mistake in the user's files or flags, described in one sentence; the scripts print it, exit code 2."""
 
+    exit_code = 2
 
-def fail(error: Exception) -> NoReturn:
-    """Print a user's mistake as one sentence and exit with code 2.
+
+def fail(error: UserError) -> NoReturn:
+    """Print a user's mistake as one sentence and exit with its code.
 
     When all ranks find the same mistake, rank 0 prints it and the launcher ends the others before they print it again.
+    An error with another code than 2 is that of one rank.
 
     Raises:
         SystemExit: always.
     """
-    if rank() > 0:
+    if rank() > 0 and error.exit_code == 2:
         time.sleep(OTHER_RANKS_WAIT)
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(error.exit_code)
 
 
-def leave() -> NoReturn:
-    """End a finished program with exit code 0: wait for threads, run exit functions, and skip the interpreter's teardown.
+def run(program: Callable[[], object]) -> None:
+    """Run a program, and end the process after a user's mistake (see `fail`) or where it ends itself.
+
+    Raises:
+        SystemExit: after a user's mistake.
+    """
+    try:
+        program()
+    except UserError as error:
+        fail(error)
+    except SystemExit as end:
+        leave(int(end.code or 0))
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End a finished program: wait for threads, run exit functions, and skip the interpreter's teardown.
 
     gloo's threads live on after destroy_process_group. One that still frees a tensor when the interpreter is torn down
     ends the finished run with SIGABRT ("terminate called without an active exception"), in about 1 of 80 runs.
@@ -40,7 +58,15 @@ def leave() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+def write_line(text: str) -> None:
+    """Print a line to stderr from any thread, whatever the main thread does and holds."""
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # in a thread, as it may wait for a lock
+    flush.start()
+    flush.join(1)
+    os.write(2, f"\n{text}\n".encode())  # starts a new line, below a progress bar
 
 
 def configure_libraries() -> None:

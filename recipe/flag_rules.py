@@ -66,6 +66,13 @@ def check_and_complete(
         say(f"--{name} has no effect in this script.")
     _lora(training_args, lora_args, named)
     engines.refuse_unsupported(training_args, lora_args)
+    if getattr(training_args, "enable_jit_checkpoint", False):
+        raise UserError("--enable_jit_checkpoint: leave it out; --save_on_signal saves on every signal and rank.")
+    if training_args.auto_find_batch_size:
+        raise UserError(
+            "--auto_find_batch_size: lowers --per_device_train_batch_size and with it the rows of an optimizer step; leave "
+            "it out, and if memory runs out, halve --per_device_train_batch_size and double --gradient_accumulation_steps."
+        )
     looking = bool(data_args.preview or data_args.validate_only or data_args.dump_tokens)  # a run may be under way
     _folders(model_args, training_args, looking)
     _sampling(data_args, training_args)

@@ -7,14 +7,16 @@ taken from the first of these that sets it: the command line, a config file, the
 finetune.py, launch_defaults.yaml, and the default of transformers.
 """
 
+import contextlib
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from recipe import command_line, console
+from recipe import command_line, console, signals
 from recipe.console import UserError
 from recipe.distributed import nodes
 
@@ -178,19 +180,32 @@ def start_all(visible: int, words: Sequence[str], launcher: str) -> NoReturn:
         UserError: an environment variable is missing or wrong, or another machine does not come.
         SystemExit: with the exit code of the process that failed first; torch.distributed.run's own is always 1.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    options = torchrun_options(visible, launcher)
+    # torch.distributed.run kills processes that save for longer than 30 s after a signal, and knows no SIGUSR1.
+    options = [*torchrun_options(visible, launcher), "--signals_to_handle", "SIGQUIT"]
+    for number in signals.ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+            signal.signal(number, _pass_on)
     try:
         run(parse_args([*options, os.path.join(ROOT, "finetune.py"), *words]))
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         raise SystemExit(code if code > 0 else 128 - code) from None  # for a signal, what shells give
-    except SignalException as error:  # this process was asked to end, and has passed that on
-        raise SystemExit(128 + error.sigval) from None
     raise SystemExit(0)
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """Hand a signal to the processes that train; they end the run, and this program with it."""
+    import psutil
+
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    if not ranks:
+        raise SystemExit(128 + number)
 
 
 def torchrun_options(visible: int, launcher: str) -> list[str]:

@@ -29,6 +29,7 @@ class Batch(TypedDict):
         max_length_k (tokens of the longest document), are those of transformers' flash attention.
     padding_tokens: how many tokens of the row belong to no conversation; only if there are any.
     attention_mask: int64 [B, T], 0 on padding; padded rows only.
+    rows: numbers of the rows in the dataset, if they are `packing.NumberedRow`s.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +43,7 @@ class Batch(TypedDict):
     max_length_k: NotRequired[int]
     padding_tokens: NotRequired[int]
     attention_mask: NotRequired[torch.Tensor]
+    rows: NotRequired[list[int]]
 
 
 class Collator:
@@ -67,6 +69,9 @@ class Collator:
         padding = sum(len(document["input_ids"]) for document in documents if document.get("padding"))
         if padding:
             batch["padding_tokens"] = padding
+        numbers = [getattr(conversation, "number", None) for conversation in conversations]
+        if rows := [number for number in numbers if number is not None]:
+            batch["rows"] = rows
         return batch
 
     def _side_by_side(self, ids: list[torch.Tensor], labels: list[torch.Tensor], shifted: list[torch.Tensor]) -> Batch:

@@ -3,8 +3,8 @@
 import bisect
 import math
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,8 +106,16 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         yield from range(self.rows, self.padded_rows)
 
 
+class NumberedRow(list[Document]):
+    """The documents of a row, with its number in the dataset; None for a row that fills up a batch."""
+
+    def __init__(self, documents: Sequence[Document] = (), number: int | None = None):
+        super().__init__(documents)
+        self.number = number
+
+
 class PaddedToBatch(torch.utils.data.Dataset):
-    """A dataset followed by empty conversations up to a multiple of `batch`."""
+    """A dataset followed by empty conversations up to a multiple of `batch`; an item is a `NumberedRow`."""
 
     def __init__(self, dataset: Any, batch: int):
         self.dataset, self.length = dataset, math.ceil(len(dataset) / batch) * batch
@@ -115,5 +123,24 @@ class PaddedToBatch(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> list[Document]:
-        return self.dataset[index] if index < len(self.dataset) else []
+    def __getitem__(self, index: int) -> NumberedRow:
+        return NumberedRow(self.dataset[index], index) if index < len(self.dataset) else NumberedRow()
+
+
+class Place(NamedTuple):
+    """A conversation of a row: its file and record in words, and how many tokens its longest document has."""
+
+    where: str
+    tokens: int
+
+
+def places(dataset: Any, row: int) -> list[Place]:
+    """Return which conversations are in a row of a `SupervisedDataset` or `PackedDataset`."""
+    if isinstance(dataset, PackedDataset):
+        items = dict.fromkeys(item for item, _ in dataset.packs[row])
+        return [place for item in items for place in places(dataset.dataset, item)]
+    number = int(dataset.numbers()[row])
+    # A dataset that tokenises late takes the next conversation in place of one that must be dropped.
+    while (tokenised := dataset.tokeniser.rows([number])[0])["dropped"]:
+        number = (number + 1) % len(dataset.conversations)
+    return [Place(dataset.conversations.where(number), max(len(d["input_ids"]) for d in tokenised["documents"]))]

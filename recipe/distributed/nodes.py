@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -317,13 +316,9 @@ class Watch:
     def _stop(self, late: list[int], age: float) -> None:
         names = [f"{other} ({self.hosts[other]})" if other in self.hosts else str(other) for other in late]
         text = f"nodes {', '.join(names[:-1])} and {names[-1]} have" if names[1:] else f"node {names[0]} has"
-        flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # in a thread, as it may wait for a lock
-        flush.start()
-        flush.join(1)
-        line = (  # starts a new line, below a progress bar
-            f"\nerror: {text} not been heard of for {age:.0f} s, so training stops here on node {self.node} of "
+        console.write_line(
+            f"error: {text} not been heard of for {age:.0f} s, so training stops here on node {self.node} of "
             f"{self.nodes}; the newest complete checkpoint stays: start again on all nodes with "
-            "--resume_from_checkpoint auto.\n"
+            "--resume_from_checkpoint auto."
         )
-        os.write(2, line.encode())
         os._exit(GONE)

@@ -171,7 +171,7 @@ def supervised_loss(
     Raises:
         UserError: the load-balancing loss has no gradient.
     """
-    batch = {name: value for name, value in batch.items() if name not in ("labels", "padding_tokens")}
+    batch = {name: value for name, value in batch.items() if name not in ("labels", "padding_tokens", "rows")}
     targets = batch.pop("shift_labels")[:, batch["logits_to_keep"]].flatten()
     count = (targets != IGNORE_INDEX).sum()
     # With a cache transformers would treat the row as one document.

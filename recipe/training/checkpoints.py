@@ -54,7 +54,7 @@ NOT_COMPARED = frozenset(
     eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches eval_use_gather_object
     eval_accumulation_steps per_device_eval_batch_size prediction_loss_only batch_eval_metrics bf16_full_eval
     fp16_full_eval load_best_model_at_end metric_for_best_model greater_is_better
-    save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
+    save_strategy save_steps save_total_limit save_only_model save_on_signal stall_minutes save_on_each_node enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     """.split()
 )
@@ -249,10 +249,13 @@ def write_record(checkpoint: str, record: dict[str, Any]) -> None:
 def record_of(checkpoint: str) -> dict[str, Any]:
     """Return what `describe_run` said of the run that wrote a checkpoint; {} where another program wrote it."""
     for path in (os.path.join(checkpoint, name) for name in (COMPLETE, EARLIER)):
-        if os.path.exists(path):
+        try:
             with open(path, encoding="utf-8") as file:
                 record = json.load(file)
-            return record if "exit_reason" not in record else {}  # which run_record.py writes
+        except (OSError, ValueError):
+            continue
+        known = isinstance(record, dict) and FACTS.keys() & record.keys()
+        return record if known and "exit_reason" not in record else {}  # which run_record.py writes
     return {}
 
 
@@ -308,8 +311,13 @@ def _find(asked: str, output_dir: str, recover: bool) -> str | None:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: no folder of a checkpoint (it lacks {TRAINER_STATE_NAME})."
             )
-        problem = why_incomplete(asked) if record_of(asked) else None
-        if problem:
+        if not record_of(asked):  # optimizer states are pickles, and DeepSpeed runs what a pickle says
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: has no {COMPLETE} of this recipe, so another program wrote it, or it "
+                "was not written to its end; start a new run from its weights with --model_name_or_path or "
+                "--lora_weight_path."
+            )
+        if problem := why_incomplete(asked):
             raise UserError(f"--resume_from_checkpoint {asked}: {problem}")
         return asked
     for name in staging.recover(output_dir) if recover else []:
@@ -337,7 +345,7 @@ def _checkpoints(output_dir: str) -> list[str]:
 def why_incomplete(folder: str) -> str | None:
     """Return the reason why a checkpoint is incomplete, or None."""
     if not record_of(folder):
-        return "it was not written to its end."
+        return "it was not written to its end by this recipe."
     try:
         verify_saved(folder, read=False)  # the numbers were read when they were written, and every rank is here
     except UserError as error:

@@ -13,6 +13,7 @@ from recipe.console import UserError, say
 from recipe.dataset.collator import Collator
 from recipe.distributed import engines, weights
 from recipe.model import attention
+from recipe.training.out_of_memory import is_out_of_memory
 
 
 class Fault(StrEnum):
@@ -49,9 +50,9 @@ def packing_fault(model: nn.Module, collator: Collator, length: int = 16) -> str
     training = model.training
     try:
         alone, beside, changed = (_logits(model, collator([*row, document]), length) for row in ([], before, others))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever the kernels of a model raise
+        if is_out_of_memory(error):
+            raise
         return f"its kernels cannot compute such rows ({type(error).__name__}: {' '.join(str(error).split()):.200})"
     finally:
         model.train(training)
@@ -125,6 +126,7 @@ class SelfChecks(transformers.TrainerCallback):
     def _refuse(self, faults, args):
         """Stop the run at a fault in {name: Fault or None} that is one."""
         self.done = True
+        self.trainer.losses.look()  # of a loss that is not finite, the rows say more than the tensors
         config = getattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "peft_config", {}).get("default")
         lora = config is not None and config.peft_type == "LORA"  # its B starts at zero, so A alone has a zero gradient
         faults = {

@@ -1,6 +1,7 @@
 """Describe before the start what a training will do, each number with its formula; decide on gradient checkpointing."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -190,10 +191,20 @@ def choose_checkpointing(trainer: transformers.Trainer, compute_dtype: torch.dty
 
 
 def estimate(
-    trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_args: Any, checkpointing: bool
+    trainer: transformers.Trainer,
+    compute_dtype: torch.dtype,
+    lora_args: Any,
+    checkpointing: bool,
+    mode: engines.Mode | None = None,
+    share: float = 1.0,
 ) -> MemoryParts:
-    """Estimate what training takes on this process's device, for the largest micro-batch that may come."""
-    args, dataset, longest = trainer.args, _conversations(trainer), _longest(trainer)
+    """Estimate what training takes on this process's device, for the largest micro-batch that may come.
+
+    Args:
+        mode: another one than that of the arguments.
+        share: of the tokens of that micro-batch.
+    """
+    args, dataset, longest = trainer.args, _conversations(trainer), int(_longest(trainer) * share)
     cpu = args.device.type == "cpu"
     engine = engines.engine_of(args)
     if cpu:  # everything is in main memory, and offloading changes nothing
@@ -201,7 +212,7 @@ def estimate(
     return memory.estimate(
         memory.model_size(trainer.model, fused_delta_rule=not cpu and is_flash_linear_attention_available()),
         engine,
-        engines.training_mode(args, lora_args),
+        mode or engines.training_mode(args, lora_args),
         args.world_size,
         longest,
         supervised=int(longest * dataset.supervised / max(dataset.tokens, 1)),
@@ -211,6 +222,29 @@ def estimate(
         device=args.device.type,
         fused_head=trainer.head is not None,
     )
+
+
+def remedies(trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_args: Any) -> list[tuple[str, float]]:
+    """Return the flags that lower the peak, with the bytes that each saves by the estimate, the largest first."""
+    args, mode = trainer.args, engines.training_mode(trainer.args, lora_args)
+    on = bool(args.gradient_checkpointing) or _fsdp_checkpoints(args)
+    plan = functools.partial(estimate, trainer, compute_dtype, lora_args)
+    rows, dataset = args.per_device_train_batch_size, trainer.train_dataset
+    choices = {} if on else {"--gradient_checkpointing True": plan(True)}
+    if rows > 1:
+        accumulated = rows * args.gradient_accumulation_steps
+        flags = f"--per_device_train_batch_size 1 with --gradient_accumulation_steps {accumulated}"
+        choices[flags] = plan(on, share=1 / rows)
+    elif isinstance(dataset, packing.PackedDataset):
+        choices[f"--pack_tokens {dataset.tokens // 2}"] = plan(on, share=1 / 2)
+    else:
+        choices[f"--model_max_length {_longest(trainer) // 2}"] = plan(on, share=1 / 2)
+    if mode == engines.Mode.FULL:
+        choices["--use_lora"] = plan(on, mode=engines.Mode.LORA)
+    if mode != engines.Mode.QLORA:
+        choices["--q_lora"] = plan(on, mode=engines.Mode.QLORA)
+    saved = [(flags, plan(on).peak - parts.peak) for flags, parts in choices.items()]
+    return sorted((choice for choice in saved if choice[1] > 0), key=lambda choice: -choice[1])
 
 
 def _longest(trainer):

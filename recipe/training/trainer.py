@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from recipe import signals
 from recipe.console import UserError
 from recipe.dataset import mixing, packing
 from recipe.distributed import engines, weights
@@ -28,7 +29,10 @@ from recipe.model import experts, loading, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.training import answers, checkpoints, checks, staging
 from recipe.training.checkpoints import BEST
+from recipe.training.interruption import Interruption
+from recipe.training.losses import LossWatch
 from recipe.training.run_record import RunRecord
+from recipe.training.stalls import StallWatch
 from recipe.training.throughput import Throughput
 
 BEST_METRICS = "metrics.json"
@@ -80,13 +84,17 @@ class RecipeTrainer(transformers.Trainer):
         # An adapter leaves the routers as they are, and their balance with them.
         self.balancing = 0.0 if hasattr(model, "peft_config") else experts.balancing_weight(model.config)
         self.best_loss = self._recorded_best()
-        self._eval_sums = self._file_sums = None
+        self._eval_sums = self._file_sums = self._evaluated = None
         self._run_dir: str | None = None  # where a checkpoint is being written
         patience = self.args.early_stopping_patience
         self.early_stopping = transformers.EarlyStoppingCallback(patience) if patience else None
-        self.throughput = Throughput(self)
+        self.throughput, self.losses = Throughput(self), LossWatch(self)
         self.add_callback(checks.SelfChecks(self))
         self.add_callback(self.throughput)
+        self.interruption = Interruption(self)
+        self.add_callback(self.interruption)
+        self.stalls = StallWatch(self.args.stall_minutes)
+        self.add_callback(self.stalls)
 
     def compute_loss(
         self,
@@ -99,9 +107,12 @@ class RecipeTrainer(transformers.Trainer):
         evaluating = self._file_sums is not None
         smoothing = 0.0 if evaluating else self.args.label_smoothing_factor
         balancing = 0.0 if evaluating else self.balancing
+        self.losses.rows = inputs.get("rows", [])
+        self.losses.dataset = self._evaluated if evaluating else self.train_dataset
         total, supervised = supervised_loss(model, inputs, smoothing, self.head, balancing)
         if not evaluating:
             self.throughput.add(inputs, supervised)
+            self.losses.add(total.detach() / supervised.clamp(min=1))
         else:
             self._file_sums += torch.stack([total.detach().double(), supervised.double()])
         count = num_items_in_batch if num_items_in_batch is not None else supervised.clamp(min=1)
@@ -110,10 +121,23 @@ class RecipeTrainer(transformers.Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is their sum
         return (loss, {}) if return_outputs else loss
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.losses.add_norm(norm)
+        return norm
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer would walk through all parameters for each micro-batch; see throughput.py
 
     # Rows
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Return no batch after the last step, where the Trainer would take one more if it resumes from there."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         """Fill the last batches with empty conversations; the Trainer would take some rows twice."""
@@ -152,6 +176,7 @@ class RecipeTrainer(transformers.Trainer):
         self, dataloader: DataLoader, description: str, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         self._file_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._evaluated = getattr(dataloader.dataset, "dataset", None)
         try:
             output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
             sums = self.accelerator.reduce(self._file_sums)
@@ -183,7 +208,12 @@ class RecipeTrainer(transformers.Trainer):
     def _evaluate(self, *args, **kwargs):
         """Evaluate in the course of training, where the best weights are kept and training may be stopped."""
         before = [entry[name] for entry in self.state.log_history if (name := self._judged_by()) in entry]
-        metrics = super()._evaluate(*args, **kwargs)
+        random_state = torch.get_rng_state()  # of which each loader of rows draws a number
+        try:
+            metrics = super()._evaluate(*args, **kwargs)
+        except signals.Interrupted:
+            torch.set_rng_state(random_state)
+            self.interruption.save_unevaluated()
         self.keep_best(metrics)
         if self.early_stopping:
             # Called here and not by the Trainer, which calls for each evaluation file by itself. Counted from the log, so
@@ -197,6 +227,11 @@ class RecipeTrainer(transformers.Trainer):
     def _judged_by(self):
         """Name in the log of the figure that early stopping looks at."""
         return f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+
+    def _load_rng_state(self, checkpoint):
+        """Restore the random state of the checkpoint's step, which comes before that step's evaluation."""
+        super()._load_rng_state(checkpoint)
+        self.interruption.evaluate_if_due()
 
     def _answer_questions(self, prefix):
         """Answer the held-out prompts greedily, shared out among the ranks; return the mean of every score."""
@@ -245,6 +280,8 @@ class RecipeTrainer(transformers.Trainer):
     # The log
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.is_in_train and "loss" in logs:
+            self.losses.look()
         self._refuse_infinite(logs)
         if "loss" in logs:
             logs |= self.throughput.entry()
@@ -329,6 +366,7 @@ class RecipeTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint beside its place, which it takes when every rank has written its part."""
+        self.losses.look()  # no checkpoint of weights that are lost takes the place of a good one
         output_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._run_dir = staging.unfinished(output_dir)
         folder, place = os.path.join(self._run_dir, name), os.path.join(output_dir, name)

@@ -8,15 +8,17 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import traceback
 
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import finetune  # noqa: E402
-from recipe import console  # noqa: E402
+from recipe import console, signals  # noqa: E402
 from recipe.distributed import engines, weights  # noqa: E402
 from recipe.model.experts import is_routed_weight  # noqa: E402
 
@@ -26,11 +28,24 @@ RANK = int(os.environ.get("RANK", 0))
 class Watched(finetune.RecipeTrainer):
     """Leaves itself to be looked at when training has ended."""
 
-    last = None
+    last = signalled = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         Watched.last = self
+        if Watched.signalled:
+            self.add_callback(Signal(*Watched.signalled))
+
+
+class Signal(transformers.TrainerCallback):
+    """Sends a signal to one rank when its n-th optimizer step begins."""
+
+    def __init__(self, rank, step, number):
+        self.rank, self.step, self.number = rank, step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.rank == RANK and self.step == state.global_step + 1:
+            os.kill(os.getpid(), getattr(signal, self.number))
 
 
 def bytes_here(parameter):
@@ -87,7 +102,11 @@ def run(job):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
     finetune.RecipeTrainer = Watched
-    finetune.train(job["argv"])
+    Watched.signalled = job.get("signalled")
+    try:
+        finetune.train(job["argv"])
+    except signals.Interrupted as interrupted:
+        return engine(Watched.last) | {"code": interrupted.code}
     trainer = Watched.last
     if "gather" in job:
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -98,8 +117,10 @@ def run(job):
 
 
 def main(jobs, results):
-    done = {}
-    for name, job in json.loads(pathlib.Path(jobs).read_text()).items():
+    done, todo = {}, json.loads(pathlib.Path(jobs).read_text())
+    if any("signalled" in job for job in todo.values()):
+        signals.watch()
+    for name, job in todo.items():
         AcceleratorState._reset_state()
         try:
             done[name] = run(job)

@@ -135,6 +135,11 @@ def jobs(label, folder, tiny_model, qwen3, moe, hybrid, data):
             f"{mode} resumed",
             {"argv": argv(qwen3, again, 1, *resume), "copy": [name / "checkpoint-3", again / "checkpoint-3"]},
         )
+        if mode == Mode.LORA:
+            stopped = folder / "stopped"
+            one = 0 if label == "one process" else 1
+            yield "stopped", {"argv": argv(qwen3, stopped, 1, *long), "signalled": [one, 4, "SIGTERM"]}
+            yield "gone on", {"argv": argv(qwen3, stopped, 1, *resume)}
         name = f"{mode} checkpointed"
         checkpointed = [*plain, "--gradient_checkpointing", "True", *no_dropout]
         yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed)}
@@ -326,6 +331,27 @@ def test_a_resumed_run_takes_the_steps_of_an_unbroken_one(ran, engine, mode):
         json.loads((folder / f"{mode} {how}" / "best" / "metrics.json").read_text()) for how in ("whole", "resumed")
     ]
     assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", WHOLE)
+def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on_bit_for_bit(ran, engine):
+    whole, stopped, gone_on = (ran(engine)[name] for name in ("LoRA whole", "stopped", "gone on"))
+    assert stopped["code"] == 143
+    assert stopped["stage"] == ENGINES[engine].deepspeed_stage
+    assert stopped["partitioned"] == (stopped["parameters"] if ENGINES[engine].shards_weights else 0)
+    assert sorted(path.name for path in (ran(engine)["folder"] / "stopped").glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-6",  # of the second start, which deleted checkpoint-3
+    ]
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert log(gone_on, key) == log(whole, key)
+    assert len(log(gone_on, "loss")) == 6
+    files = [
+        load_file(ran(engine)["folder"] / name / "adapter_model.safetensors") for name in ("stopped", "LoRA whole")
+    ]
+    assert files[0].keys() == files[1].keys()
+    for name, tensor in files[0].items():
+        assert torch.equal(tensor, files[1][name]), name
 
 
 @pytest.mark.parametrize("mode", MODES)

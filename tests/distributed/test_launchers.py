@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import finetune
-from helpers import ROOT
+from helpers import ROOT, ROWS, argv, write
 from recipe import command_line, launch
 from recipe.console import UserError
 from recipe.distributed import nodes
@@ -586,6 +586,23 @@ def test_a_process_that_is_killed_gives_the_launcher_its_code(tmp_path):
     for words, expected in ((["x"], 128 + 9), ([], 7)):
         done = run(sys.executable, "-c", code.replace("WORDS", str(words)), NPROC_PER_NODE="2")
         assert done.returncode == expected, done.stderr
+
+
+@pytest.mark.slow
+def test_a_launcher_passes_a_signal_on_and_takes_the_exit_code_of_its_processes(tiny_model, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    words = [*argv(tiny_model, rows, tmp_path / "out", "--use_cpu", "True"), "--num_train_epochs", "500"]
+    environment = {**os.environ, "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    command = ["bash", ROOT / "finetune_fsdp.sh", *words, "--gradient_accumulation_steps", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "'loss'" in line:
+            process.send_signal(signal.SIGUSR1)
+            break
+    said = process.stdout.read()
+    assert process.wait(60) == 138
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert f"SIGUSR1: {checkpoint.name} is saved in " in said
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ start_both() {
         NNODES=2 NODE_RANK=$rank MASTER_ADDR=10.77.0.1 MASTER_PORT=$port NPROC_PER_NODE=1 GLOO_SOCKET_IFNAME=eth0 \
         OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$work/cache-$rank" PYTHON="$python" \
         bash "$root/$launcher" -m "$work/model" -d "$work/rows.jsonl" -o "$work/output" --use_cpu True \
-        --max_steps $steps --save_steps 20 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "$@" \
+        --max_steps $steps --save_steps 20 --logging_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "$@" \
         >"$work/$log-$rank.log" 2>&1 </dev/null
       code=$?
       date +%s >"$work/seconds-$rank"
@@ -106,8 +106,16 @@ wait_for() {
 
 both_ended() { ended 0 && ended 1; }
 
-code_is() { # code_is RANK WANTED, where WANTED is 0 or not-0
-  ended "$1" && case $(<"$work/code-$1") in 0) [[ $2 == 0 ]] ;; *) [[ $2 == not-0 ]] ;; esac
+code_is() { # code_is RANK WANTED, where WANTED is a number or not-0
+  local code
+  ended "$1" && code=$(<"$work/code-$1") && if [[ $2 == not-0 ]]; then ((code)); else ((code == $2)); fi
+}
+
+launcher_on() { # launcher_on RANK: its process id
+  local pid
+  for pid in $(ip netns pids "${hosts[$1]}"); do
+    if tr '\0' ' ' <"/proc/$pid/cmdline" | grep -q ' recipe.launch '; then echo "$pid"; fi
+  done
 }
 
 after() { echo "$(($(<"$work/seconds-$1") - $2)) s"; }
@@ -182,15 +190,27 @@ if ((failed)); then exit 1; fi
 
 echo "== the cable is mended, both start again with --resume_from_checkpoint auto"
 ip -n "${hosts[1]}" link set eth0 up
-resumed=$(date +%s)
 start_both second "$@" --resume_from_checkpoint auto
+wait_for 180 eval "grep -q \"'loss'\" '$work/second-0.log' || ended 0 || ended 1"
+kill -TERM "$(launcher_on 1)"
+signalled=$(date +%s)
+wait_for 60 both_ended
+for rank in 0 1; do
+  check "one SIGTERM on node 1: node $rank ends with its code 143 ($(after $rank "$signalled"))" code_is $rank 143
+done
+check "the checkpoint is named" grep -q "^SIGTERM: checkpoint-.* is saved in" "$work/second-0.log"
+last=$(newest_checkpoint)
+
+echo "== both start again with --resume_from_checkpoint auto"
+resumed=$(date +%s)
+start_both third "$@" --resume_from_checkpoint auto
 wait_for 300 both_ended
 for rank in 0 1; do
   check "node $rank finishes ($(ended $rank && after $rank "$resumed"))" code_is $rank 0
-  check "node $rank says nothing of an error" eval "! grep -q '^error:' '$work/second-$rank.log'"
+  check "node $rank says nothing of an error" eval "! grep -q '^error:' '$work/third-$rank.log'"
 done
 check "what was trained can be read" readable "$work/output"
-logged=$(grep -o "'loss'" "$work/second-0.log" | wc -l) # one for each step
+logged=$(grep -o "'loss'" "$work/third-0.log" | wc -l) # one for each step
 check "it went on from step ${last##*-} to $steps, with $logged steps" test "$logged" = $((steps - ${last##*-}))
-if ((failed)); then tail -n 5 "$work"/second-*.log && exit 1; fi
+if ((failed)); then tail -n 5 "$work"/third-*.log && exit 1; fi
 echo "PASS: all checks"

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import pickle
 import shutil
 
 import pytest
@@ -274,6 +275,52 @@ def test_auto_takes_the_newest_complete_checkpoint(tiny_model, data, run, capsys
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         checkpoints.find_checkpoint("auto", run)
+
+
+class Bomb:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("record", [None, "", "[]", '{"flags": {}}', "{"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_nothing_of_a_checkpoint_that_this_recipe_did_not_write_is_unpickled(
+    tiny_model, data, run, tmp_path, record, auto
+):
+    shutil.rmtree(run / "checkpoint-4")
+    folder = run / "checkpoint-6"
+    for path in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (folder / path).write_bytes(pickle.dumps(Bomb(tmp_path / "went off")))
+    (folder / checkpoints.COMPLETE).unlink()
+    if record is not None:
+        (folder / checkpoints.COMPLETE).write_text(record)
+    if auto:  # what was not written to its end counts as not there
+        assert checkpoints.find_checkpoint("auto", run) is None
+    else:
+        with pytest.raises(UserError, match=r"another program wrote it.*--lora_weight_path"):
+            again(run, tiny_model, data, resume=folder)
+    assert not (tmp_path / "went off").exists()
+
+
+def test_the_same_data_and_model_under_other_paths_are_resumed(tiny_model, data, run, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    model = shutil.copytree(tiny_model, tmp_path / "elsewhere" / "model")
+    rows = shutil.copy(data, tmp_path / "elsewhere" / "other.jsonl")
+    os.utime(rows, (0, 0))  # a clock that differs
+    moved = shutil.move(run, tmp_path / "elsewhere" / "run")
+    shutil.rmtree(pathlib.Path(moved) / "checkpoint-6")
+    whole = history(moved, "loss")
+    again(moved, model, rows)
+    assert history(moved, "loss") == whole
+    assert "changed since" not in capsys.readouterr().out
+    write(pathlib.Path(rows), ROWS[::-1])
+    with pytest.raises(UserError, match="the data changed since it was saved"):
+        again(moved, model, rows)
 
 
 def test_auto_starts_from_the_beginning_where_there_is_no_checkpoint(tiny_model, data, tmp_path, capsys):
