@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipe import command_line, console
+from recipe import command_line, console, signals
 from recipe.dataset.files import Records
 from recipe.model.prompt_mode import PromptMode
 from recipe.training import curves, memory, model_card, report_page, staging
@@ -63,8 +64,7 @@ class RunRecord:
             yield
         except BaseException as error:
             if trainer.args.should_save:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-                self._outcome |= {"exit_reason": reason, "seconds": round(time.perf_counter() - start, 1)}
+                self._outcome |= {"exit_reason": _failure(error), "seconds": round(time.perf_counter() - start, 1)}
                 with contextlib.suppress(OSError):  # the disk may be full, and the error above matters more
                     self._write(trainer)
             raise
@@ -120,6 +120,12 @@ def progress(trainer: Any) -> dict[str, Any]:
         "evaluations": list(evaluations.values()),
         "best_step": best["step"] if best else None,
     }
+
+
+def _failure(error: BaseException) -> str:
+    if isinstance(error, signals.Interrupted):
+        return f"ended by {signal.Signals(error.code - 128).name}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _exit_reason(trainer: Any) -> str:

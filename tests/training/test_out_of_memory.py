@@ -11,7 +11,7 @@ import torch
 import finetune
 from helpers import ROOT, ROWS, argv, write
 from recipe.console import UserError
-from recipe.training import out_of_memory, start_report
+from recipe.training import checkpoints, out_of_memory, start_report
 
 LIMITED = """
 import resource, sys, transformers
@@ -50,7 +50,7 @@ def test_a_row_that_does_not_fit_is_named_with_the_flags_that_help_and_the_check
     assert f"is {rows}: record 4 (line 4)" in sentence
     assert re.search(r"By the estimate, --\S+ .*saves .* GB, and --\S+ .*saves .* GB\.$", sentence)
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "out" / "checkpoint-1" / "run.json").exists()
+    assert (tmp_path / "out" / "checkpoint-1" / checkpoints.COMPLETE).exists()
 
 
 @pytest.mark.parametrize(

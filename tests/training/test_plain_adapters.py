@@ -136,6 +136,7 @@ def test_the_base_is_named_so_that_it_is_found_from_anywhere(tiny_model, data, t
     assert hasattr(loading.load(str(tmp_path / "out"))[0], "peft_config")
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # peft looks in the hub's own cache only
 def test_a_model_of_the_hub_is_named_with_its_commit(tiny_model, data, tmp_path, monkeypatch):
     commits = ["a" * 40, "b" * 40]
     repository = tmp_path / "hub" / "models--someone--tiny"

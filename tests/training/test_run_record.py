@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import signal
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from huggingface_hub import ModelCard
 import chat
 import finetune
 from helpers import ROWS, argv, history, write
+from recipe import signals
 from recipe.console import UserError
 from recipe.training import checkpoints, model_card
 
@@ -146,16 +148,25 @@ def test_tokens_that_were_not_counted_are_not_given(tiny_model, data, tmp_path, 
     assert "| 9 | not counted |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_run_that_fails_says_why(tiny_model, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (UserError("the disk is on fire."), "UserError: the disk is on fire."),
+        (signals.Interrupted(signal.SIGTERM), "ended by SIGTERM"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+    ids=["error", "signal", "Ctrl-C"],
+)
+def test_a_run_that_fails_says_why(tiny_model, data, tmp_path, monkeypatch, error, reason):
     def failing(*args, **kwargs):
-        raise UserError("the disk is on fire.")
+        raise error
 
     monkeypatch.setattr(finetune.RecipeTrainer, "_save_checkpoint", failing)
     words = argv(tiny_model, data / "more.jsonl", tmp_path / "out", "--use_lora", "--save_steps", 2)
-    with pytest.raises(UserError, match="on fire"):
+    with pytest.raises(type(error)):
         finetune.train([*words, "--save_strategy", "steps"])
     facts = record(tmp_path / "out")
-    assert (facts["exit_reason"], facts["saved"], facts["steps"]) == ("UserError: the disk is on fire.", False, 2)
+    assert (facts["exit_reason"], facts["saved"], facts["steps"]) == (reason, False, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
