@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 
-from recipe import command_line, console
+from recipe import command_line, console, signals
 from recipe.console import UserError
 from recipe.dataset.encoding import THINKING
 
@@ -82,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signals.watch("ended before the work was done.")
     main()

@@ -102,16 +102,18 @@ def answer(
     stop_id: int,
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    progress: Callable[[str], None] = lambda doing: None,
 ) -> list[str]:
     """Return greedy answers to Questions, as text without the stop token.
 
-    Prompts of similar length share a batch, padded on the left and masked.
+    Prompts of similar length share a batch, padded on the left and masked. `progress` is called before each batch.
     """
     prompt_ids = [question.prompt_ids for question in asked]
     answers = [""] * len(asked)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
+            progress("while the model answers held-out prompts")
             chosen = order[start : start + batch_size]
             width = max(len(prompt_ids[i]) for i in chosen)
             ids = torch.tensor([[stop_id] * (width - len(prompt_ids[i])) + prompt_ids[i] for i in chosen])
