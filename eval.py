@@ -15,7 +15,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from recipe import command_line, console
+from recipe import command_line, console, signals
 from recipe.console import UserError
 from recipe.dataset.encoding import THINKING
 
@@ -110,4 +110,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signals.watch("ended before the work was done.")
     main()

@@ -10,7 +10,7 @@ written. The difference that rounding makes is printed.
 
 import argparse
 
-from recipe import console
+from recipe import console, signals
 from recipe.console import UserError
 
 
@@ -58,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signals.watch("ended before the work was done.")
     main()

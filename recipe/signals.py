@@ -47,18 +47,22 @@ class _State:
     received: int = 0
     since: float = 0.0
     notice: str = ""
-    ended: str = "nothing was to be saved yet."
+    ended: str = ""
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 _state = _State()
 
 
-def watch() -> None:
+def watch(ended: str = "nothing was to be saved yet.") -> None:
     """Let signals end this program with one sentence and their exit code. Call it in the main thread.
 
     SIGHUP stays ignored where it is, as under nohup.
+
+    Args:
+        ended: the sentence.
     """
+    _state.ended = ended
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

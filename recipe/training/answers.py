@@ -106,18 +106,21 @@ def answer(
     stop_id: int,
     max_new_tokens: int = 256,
     batch_size: int = 16,
-    progress: bool = False,
+    show_bar: bool = False,
+    on_batch: Callable[[str], None] = lambda doing: None,
 ) -> list[str]:
     """Return greedy answers to Questions, as text without the stop token.
 
-    Prompts of similar length share a batch, padded on the left and masked. `progress` shows a bar in a terminal.
+    Prompts of similar length share a batch, padded on the left and masked. `show_bar` shows progress in a terminal;
+    `on_batch` is called before each batch, with what is being done.
     """
     prompt_ids = [question.prompt_ids for question in asked]
     answers = [""] * len(asked)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    bar = tqdm(total=len(order), desc="answers", disable=None if progress else True)
+    bar = tqdm(total=len(order), desc="answers", disable=None if show_bar else True)
     with _evaluating(model), bar:
         for start in range(0, len(order), batch_size):
+            on_batch("while the model answers held-out prompts")
             chosen = order[start : start + batch_size]
             width = max(len(prompt_ids[i]) for i in chosen)
             ids = torch.tensor([[stop_id] * (width - len(prompt_ids[i])) + prompt_ids[i] for i in chosen])
@@ -147,7 +150,7 @@ def mean_loss(
     total, count = 0.0, 0
     with _evaluating(model):
         collator = Collator(checks.packing_fault(model, Collator()) is None)
-        for start in tqdm(range(0, len(rows), batch_size), desc="loss", disable=None if progress else True):
+        for start in tqdm(range(0, len(rows), batch_size), desc="loss", disable=None if show_bar else True):
             batch = collator(rows[start : start + batch_size])
             moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
             loss, supervised = supervised_loss(model, moved)

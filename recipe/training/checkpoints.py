@@ -342,6 +342,11 @@ def _checkpoints(output_dir: str) -> list[str]:
     return [os.path.join(output_dir, name) for _, name in steps]
 
 
+def newest(output_dir: str) -> str | None:
+    """Return the folder of the checkpoint with the most optimizer steps, if there is one."""
+    return next(reversed(_checkpoints(output_dir)), None)
+
+
 def why_incomplete(folder: str) -> str | None:
     """Return the reason why a checkpoint is incomplete, or None."""
     if not record_of(folder):

@@ -44,21 +44,22 @@ class StallWatch(transformers.TrainerCallback):
     ) -> None:
         self.ending.set()
 
-    def _progress(self, doing: str) -> None:
+    def progress(self, doing: str) -> None:
+        """Note that training goes on, and with what."""
         self.doing, self.last = doing, self.clock
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress(f"in step {state.global_step + 1}")
+        self.progress(f"in step {state.global_step + 1}")
 
     on_substep_end = on_step_begin
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress(f"after step {state.global_step}, when rows are loaded, evaluated or weights are saved")
+        self.progress(f"after step {state.global_step}, when rows are loaded, evaluated or weights are saved")
 
     on_log = on_save = on_evaluate = on_train_begin = on_epoch_begin = on_step_end
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress(f"in an evaluation after step {state.global_step}")
+        self.progress(f"in an evaluation after step {state.global_step}")
 
     def _check(self) -> None:
         before = time.monotonic()

@@ -243,7 +243,9 @@ class RecipeTrainer(transformers.Trainer):
         longest = max(len(question.reference_ids) for question in self.questions)
         model = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
-            texts = answers.answer(model, self.processing_class, mine, self.stop_id, 2 * longest + 16)
+            texts = answers.answer(
+                model, self.processing_class, mine, self.stop_id, 2 * longest + 16, on_batch=self.stalls.progress
+            )
         scores = gather_object([answers.scores(*pair, self.metric) for pair in zip(texts, mine, strict=True)])
         return {f"{prefix}_{name}": value for name, value in answers.mean_scores(scores).items()}
 
@@ -321,6 +323,10 @@ class RecipeTrainer(transformers.Trainer):
         folder = os.path.join(self.args.output_dir, ".rehearsal")
         if self.args.should_save:
             staging.recover(self.args.output_dir)
+            newest = checkpoints.newest(self.args.output_dir)
+            if newest and newest == self.args.resume_from_checkpoint:  # a kill may have come before an older one went
+                best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+                checkpoints.rotate(self.args.output_dir, limit, os.path.basename(newest), best)
         self.save(self, folder, 1)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -99,7 +99,14 @@ def test_the_flags_are_those_that_the_plan_finds_best(tiny_model, tmp_path, prep
     assert set(packed) <= {"--pack_tokens 256", "--gradient_checkpointing True"} and packed
 
 
-def test_a_batch_size_that_transformers_would_lower_is_refused(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "flag, remedy",
+    [
+        ("--auto_find_batch_size", "--auto_find_batch_size: lowers .* double --gradient_accumulation_steps"),
+        ("--enable_jit_checkpoint", "--enable_jit_checkpoint: .* --save_on_signal saves on every signal and rank"),
+    ],
+)
+def test_flags_of_transformers_that_would_do_worse_are_refused(tiny_model, tmp_path, flag, remedy):
     rows = write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(UserError, match="--auto_find_batch_size: lowers .* double --gradient_accumulation_steps"):
-        finetune.parse(argv(tiny_model, rows, tmp_path / "out", "--auto_find_batch_size", "True"))
+    with pytest.raises(UserError, match=remedy):
+        finetune.parse(argv(tiny_model, rows, tmp_path / "out", flag, "True"))
