@@ -76,7 +76,7 @@ class Pretrained:
     def model(
         self, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str = "auto", **options
     ) -> PreTrainedModel:
-        """Load the model with its weights; those outside its text part and its output head are frozen.
+        """Load the model with its weights; those that training on text cannot change are frozen.
 
         Args:
             config: the configuration, changed or not.
@@ -105,7 +105,7 @@ class Pretrained:
         linear_attention.keep_documents_apart(model)
         experts.use_low_rank_forward(model)
         generation.drop_sampling_settings(model.generation_config)
-        for parameter in outside_decoder(model).values():
+        for parameter in never_trained(model).values():
             parameter.requires_grad_(False)
         return model
 
@@ -170,6 +170,21 @@ def outside_decoder(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     parts = (model.get_decoder(), model.get_output_embeddings())
     trained = {id(parameter) for part in parts for parameter in part.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in trained}
+
+
+def in_indexer(name: str) -> bool:
+    """Return whether a module or parameter of that name belongs to an indexer of sparse attention.
+
+    An indexer chooses the tokens that a token attends to, as in DeepSeek-V3.2 and Qwen4: it passes on the places of its
+    highest scores and not the scores, so the loss has no gradient for its weights.
+    """
+    return "indexer" in name.split(".")
+
+
+def never_trained(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return {name: parameter} of what the loss of a text does not reach: what `outside_decoder` finds, and indexers."""
+    chosen = {name: parameter for name, parameter in model.named_parameters() if in_indexer(name)}
+    return {**outside_decoder(model), **chosen}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 torchrun --nproc_per_node 2 tests/distributed/ranks.py jobs.json results.json
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -87,14 +89,15 @@ def run(job):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
     finetune.RecipeTrainer = Watched
-    finetune.train(job["argv"])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        finetune.train(job["argv"])
     trainer = Watched.last
     if "gather" in job:
         model = trainer.accelerator.unwrap_model(trainer.model)
         whole = {n: weights.gather_full(p).cpu() for n, p in model.named_parameters() if p.requires_grad}
         if RANK == 0:
             torch.save(whole, job["gather"])
-    return engine(trainer) | {"log": trainer.state.log_history}
+    return engine(trainer) | {"log": trainer.state.log_history, "said": said.getvalue()}
 
 
 def main(jobs, results):
