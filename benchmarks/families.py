@@ -19,6 +19,7 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ FAMILIES = {  # model_type in config.json: models of it
     "llama": "Llama 2 to 3.3, SmolLM2",
     "mistral": "Mistral",
     "qwen4_exp_text": "Qwen4-Exp, the text part alone",
+    "qwen4_exp": "Qwen4-Exp",
     "kimi_linear": "Kimi-Linear",
 }
 FLAGS = {  # label of an engine: what chooses it
@@ -159,6 +161,8 @@ def judge(cell: Cell, left: dict[str, Any], losses: list[float], model: pathlib.
     if "error" in left:
         kind, _, text = left["error"].partition(": ")
         early = kind == "UserError" and not re.search("in load_model|in add_adapter|trainer", left["traceback"])
+        if not early:
+            print(left["traceback"], file=sys.stderr)
         return {"verdict": f"refused: {text}" if early else f"failed: {left['error']}"}
     engine, wrong = ENGINES[cell.engine], []
     wrappers = {known.wrapped_class for known in ENGINES.values() if known.wrapped_class} & set(left["classes"])
@@ -183,10 +187,14 @@ def judge(cell: Cell, left: dict[str, Any], losses: list[float], model: pathlib.
     return {"verdict": verdict, "loss_difference": float(f"{difference:.1e}"), "losses": found}
 
 
-def run(engine: str, cells: list[Cell], work: pathlib.Path) -> dict[Cell, dict[str, Any]]:
-    """Train the cells of an engine in one process group; another one goes on after a cell that failed."""
-    done, data = {}, write(work / "rows.jsonl", UNEVEN_ROWS)
-    while todo := [cell for cell in cells if cell not in done]:
+def run(engine: str, cells: list[Cell], work: pathlib.Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Train the cells of an engine in one process group, and the rest in a new one after a cell that failed.
+
+    Yields:
+        A cell, and what tests/distributed/ranks.py wrote about it, with the folder and the weights that it saved.
+    """
+    todo, data = list(cells), write(work / "rows.jsonl", UNEVEN_ROWS)
+    while todo:
         folder = pathlib.Path(tempfile.mkdtemp(prefix=engine, dir=work))
         names = {f"{cell.family} {cell.mode}": cell for cell in todo}
         jobs = {
@@ -195,11 +203,11 @@ def run(engine: str, cells: list[Cell], work: pathlib.Path) -> dict[Cell, dict[s
         }
         left = run_ranks(folder, jobs, 1 if engine == ALONE else 2)
         finished = {name: result for name, result in left.items() if name in names}
-        if not finished:
-            raise SystemExit(left["problem"])
+        if not finished:  # both ranks ended before one could write why
+            finished = {next(iter(names)): {"error": "it ended early", "traceback": left["problem"]}}
         for name, result in finished.items():
-            done[names[name]] = {**result, "output": folder / name, "weights": folder / f"{name}.pt"}
-    return done
+            todo.remove(names[name])
+            yield names[name], {**result, "output": folder / name, "weights": folder / f"{name}.pt"}
 
 
 def table() -> str:
@@ -255,7 +263,7 @@ def main() -> None:
             checkpoints.family(family, work / family, tokenizer)
         for engine in args.engine:
             cells = [Cell(family, mode, engine) for family in args.family for mode in args.mode]
-            for cell, left in run(engine, cells, work).items():
+            for cell, left in run(engine, cells, work):
                 model = work / cell.family
                 if engine == ALONE:
                     losses = [loss_alone(cell.mode, model, work / "rows.jsonl")]

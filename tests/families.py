@@ -20,6 +20,12 @@ DELTA = dict(
     layer_types=["linear_attention", "full_attention"], linear_key_head_dim=16, linear_value_head_dim=16,
     linear_num_key_heads=2, linear_num_value_heads=4,
 )  # fmt: skip
+SPARSE = {
+    **SIZE, **DELTA, **SHARED, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+    "indexer_budget": 16, "indexer_compress_ratio": 4, "ple_layer_ids": [1], "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 300, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4, "hc_count": 2,
+    "hc_lowrank": 8,
+}  # fmt: skip
 WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 TOWER = dict(hidden_size=32, intermediate_size=64, depth=2, num_heads=2, out_hidden_size=64, patch_size=4)
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -39,12 +45,7 @@ TEXT = {
         **SIZE, **EXPERTS, "layer_types": DELTA["layer_types"], "linear_head_dim": 16, "linear_num_heads": 4,
         "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
     },
-    "qwen4_exp_text": {
-        **SIZE, **DELTA, **SHARED, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
-        "indexer_budget": 16, "indexer_compress_ratio": 4, "ple_layer_ids": [1], "heads_per_ngram": 2,
-        "ngram_vocab_size_base": 300, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4, "hc_count": 2,
-        "hc_lowrank": 8,
-    },
+    "qwen4_exp_text": SPARSE,
 }  # fmt: skip
 VISION = {  # family: (text configuration, vision configuration, further fields)
     "qwen2_5_vl": ({**SIZE, "rope_parameters": MROPE}, {**TOWER, "fullatt_block_indexes": [1]}),
@@ -52,6 +53,7 @@ VISION = {  # family: (text configuration, vision configuration, further fields)
     "qwen3_vl_moe": ({**SIZE, **EXPERTS, "rope_parameters": MROPE}, {**TOWER, "deepstack_visual_indexes": [0]}),
     "qwen3_5": ({**SIZE, **DELTA}, TOWER),
     "qwen3_5_moe": ({**SIZE, **DELTA, **SHARED}, TOWER),
+    "qwen4_exp": (SPARSE, TOWER),
     "gemma3": (
         {**SIZE, **WINDOW},
         dict(

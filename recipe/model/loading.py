@@ -5,6 +5,7 @@ on text: `get_decoder()` names its text part; all weights outside it and the out
 its weights, and those of an adapter, are then the checkpoint's own, which servers look for.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
@@ -93,6 +95,7 @@ class Pretrained:
             options["attn_implementation"] = attn_implementation
         if "quantization_config" in options:
             experts.quantise_experts_as_well()
+        _show_whole_shapes()
         model, report = self._from_pretrained(
             auto_class(config), config=config, dtype=dtype, output_loading_info=True, **options
         )
@@ -141,6 +144,39 @@ def auto_class(config: PreTrainedConfig) -> type:
     if architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
+
+
+class _WholeShapes:
+    """A model held in parts by ZeRO-3, to whatever looks up the shapes of its parameters."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def get_parameter(self, name):
+        parameter = self._model.get_parameter(name)
+        return torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+
+
+def _show_whole_shapes() -> None:
+    """Let transformers convert weights between files and models that ZeRO-3 holds in parts; further calls change nothing.
+
+    Some conversions compare a tensor with the shape of its parameter, which is then empty: those of the experts of
+    Qwen3-VL-MoE would be transposed in any case.
+    """
+    convert = WeightConverter.convert
+    if hasattr(convert, "shows_whole_shapes"):
+        return
+
+    @functools.wraps(convert)
+    def convert_by_whole_shapes(self, layer_name, model=None, *args, **options):
+        in_parts = model is not None and hasattr(next(model.parameters()), "ds_shape")
+        return convert(self, layer_name, _WholeShapes(model) if in_parts else model, *args, **options)
+
+    convert_by_whole_shapes.shows_whole_shapes = True
+    WeightConverter.convert = convert_by_whole_shapes
 
 
 def _work_around_libraries(model: PreTrainedModel) -> None:

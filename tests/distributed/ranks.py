@@ -111,6 +111,7 @@ def main(jobs, results):
         if RANK == 0:
             pathlib.Path(results).write_text(json.dumps(done))
         if "error" in done[name]:
+            print(done[name]["traceback"], file=sys.stderr, flush=True)  # rank 0 may fail because another one did
             os._exit(1)  # ranks may stand at different places now: nothing can follow
 
 
