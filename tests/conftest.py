@@ -16,7 +16,6 @@ from helpers import (
     MARKUP,
     PHI3_TOKENS,
     QWEN3_MARKUP,
-    ROOT,
     TEMPLATES,
     UNEVEN_ROWS,
     template,
@@ -111,22 +110,9 @@ def tokenizer_of(qwen_folder):
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory):
     """Folder with a tokenizer of 1,000 entries and Qwen2.5's template, which loads in no time."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    import families
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=997, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((ROOT / "data" / "train.jsonl").read_text().splitlines(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL_TOKENS])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=32768
-    )
-    fast.chat_template = template("qwen2_5")
-    folder = tmp_path_factory.mktemp("small")
-    fast.save_pretrained(folder)
-    return folder
+    return families.small_tokenizer(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import shutil
 import torch
 import transformers
 
+from helpers import CONTROL_TOKENS, ROOT, template
+
 SIZE = dict(
     vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
     num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False,
@@ -18,6 +20,12 @@ DELTA = dict(
     layer_types=["linear_attention", "full_attention"], linear_key_head_dim=16, linear_value_head_dim=16,
     linear_num_key_heads=2, linear_num_value_heads=4,
 )  # fmt: skip
+SPARSE = {
+    **SIZE, **DELTA, **SHARED, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+    "indexer_budget": 16, "indexer_compress_ratio": 4, "ple_layer_ids": [1], "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 300, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4, "hc_count": 2,
+    "hc_lowrank": 8,
+}  # fmt: skip
 WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 TOWER = dict(hidden_size=32, intermediate_size=64, depth=2, num_heads=2, out_hidden_size=64, patch_size=4)
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -33,13 +41,19 @@ TEXT = {
     "qwen3_5_moe_text": {**SIZE, **DELTA, **SHARED},
     "gpt_oss": {**SIZE, **WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma3_text": {**SIZE, **WINDOW},
-}
+    "kimi_linear": {
+        **SIZE, **EXPERTS, "layer_types": DELTA["layer_types"], "linear_head_dim": 16, "linear_num_heads": 4,
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    },
+    "qwen4_exp_text": SPARSE,
+}  # fmt: skip
 VISION = {  # family: (text configuration, vision configuration, further fields)
     "qwen2_5_vl": ({**SIZE, "rope_parameters": MROPE}, {**TOWER, "fullatt_block_indexes": [1]}),
     "qwen3_vl": ({**SIZE, "rope_parameters": MROPE}, {**TOWER, "deepstack_visual_indexes": [0]}),
     "qwen3_vl_moe": ({**SIZE, **EXPERTS, "rope_parameters": MROPE}, {**TOWER, "deepstack_visual_indexes": [0]}),
     "qwen3_5": ({**SIZE, **DELTA}, TOWER),
     "qwen3_5_moe": ({**SIZE, **DELTA, **SHARED}, TOWER),
+    "qwen4_exp": (SPARSE, TOWER),
     "gemma3": (
         {**SIZE, **WINDOW},
         dict(
@@ -51,11 +65,34 @@ VISION = {  # family: (text configuration, vision configuration, further fields)
             patch_size=4,
         ),
     ),
-}
+    "gemma4": (
+        {**SIZE, **WINDOW, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 1024},
+        dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+             head_dim=16, patch_size=4, position_embedding_size=64),
+    ),
+}  # fmt: skip
 MTP = (
     "qwen3_5",
     "qwen3_5_moe",
 )  # their checkpoints hold layers that predict further tokens, which transformers ignores
+
+
+def small_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """Write a tokenizer of 1,000 entries with Qwen2.5's template, which loads in no time, into `folder`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=997, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((ROOT / "data" / "train.jsonl").read_text().splitlines(), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL_TOKENS])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=32768
+    )
+    fast.chat_template = template("qwen2_5")
+    fast.save_pretrained(folder)
+    return folder
 
 
 def family(

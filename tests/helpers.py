@@ -129,6 +129,7 @@ def run_ranks(folder, jobs, ranks):
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=900, cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    left = json.loads((folder / "results.json").read_text())
+    results = folder / "results.json"
+    left = json.loads(results.read_text()) if results.exists() else {}
     failed = [result["traceback"] for result in left.values() if "error" in result]
     return {"folder": folder, "problem": "".join(failed) or done.returncode and done.stderr[-4000:], **left}

@@ -46,6 +46,7 @@ PRIVATE = [
     (transformers.PreTrainedConfig(), "_name_or_path"),
     (transformers.PreTrainedModel, "_no_split_modules"),
     (core_model_loading, "revert_weight_conversion"),
+    (core_model_loading.WeightConverter, "convert"),
     (peft.utils.constants, "EMBEDDING_LAYER_NAMES"),
     (torch.cpu, "_is_avx512_bf16_supported"),
     (torch.cpu, "_is_amx_tile_supported"),

@@ -408,17 +408,18 @@ def settle_checkpointing(model: Any, args: TrainingArguments, quantized: bool) -
 def adapt_model(model: Any, args: TrainingArguments) -> None:
     """Tell the engine which modules of a loaded model belong together.
 
-    ZeRO-3 gathers a mixture-of-experts layer at once: ranks use different experts and would wait for each other
-    forever. FSDP2 shards the classes in `_no_split_modules` one by one, and refuses a model that has no module of one
+    ZeRO-3 gathers a mixture-of-experts layer at once, and an indexer of sparse attention: ranks use different experts,
+    or call layers of the indexer once for each token, and would wait for each other forever. FSDP2 shards the classes in `_no_split_modules` one by one, and refuses a model that has no module of one
     of them, such as the text part of a model whose list names the blocks of its vision tower as well.
     """
     classes = {type(module) for module in model.modules()}
     if model._no_split_modules is not None:
         model._no_split_modules = set(model._no_split_modules) & {kind.__name__ for kind in classes}
-    experts = {
+    whole = {
         type(module) for module in model.modules() if isinstance(getattr(module, "experts", None), torch.nn.Module)
     }
-    if experts and engine_of(args).deepspeed_stage == 3:
+    whole |= {type(module) for name, module in model.named_modules() if name.rpartition(".")[2] == "indexer"}
+    if whole and engine_of(args).deepspeed_stage == 3:
         from deepspeed.utils import set_z3_leaf_modules
 
-        set_z3_leaf_modules(model, list(experts))
+        set_z3_leaf_modules(model, list(whole))

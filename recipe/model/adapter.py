@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recipe.console import UserError
 from recipe.model import experts
-from recipe.model.loading import changes_base, one_line
+from recipe.model.loading import changes_base, in_indexer, one_line
 
 # Layers that give one number for each head or expert: routers, and how fast the state of a gated delta net decays. An
 # adapter of the usual rank would have more weights than such a layer itself.
@@ -21,14 +21,15 @@ GATES = {"in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "shared_exp
 def targets(model: PreTrainedModel, names: list[str] | None) -> str | list[str]:
     """Return the layers that an adapter changes, as `target_modules` of peft's LoraConfig takes them.
 
-    Layers outside the text part of a model, as in a vision tower, are left out: training on text never computes them.
+    Layers outside the text part of a model, as in a vision tower, are left out, and so are those of indexers in sparse
+    attention: the loss of a text does not reach them.
 
     Args:
         model: the model without an adapter.
         names: ends of the names of layers, such as "q_proj"; None means the default.
 
     Raises:
-        ValueError: no layer of the text part has such a name.
+        ValueError: the loss reaches no layer of such a name.
     """
     if not names:
         return default_targets(model)
@@ -36,7 +37,7 @@ def targets(model: PreTrainedModel, names: list[str] | None) -> str | list[str]:
     parts = {*_text_part(model), id(model.get_output_embeddings())}
     chosen = [name for name in named if id(model.get_submodule(name)) in parts]
     if named and not chosen:
-        raise ValueError(f"target modules {names} are outside the text part of the model.")
+        raise ValueError(f"target modules {names} are outside the text part of the model, or in indexers.")
     return names if chosen == named else chosen
 
 
@@ -64,7 +65,7 @@ def gates(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _text_part(model):
-    return {id(module) for module in model.get_decoder().modules()}
+    return {id(module) for name, module in model.get_decoder().named_modules() if not in_indexer(name)}
 
 
 def have_shared_weight(model: PreTrainedModel, names: Iterable[str]) -> bool:

@@ -5,6 +5,7 @@ on text: `get_decoder()` names its text part; all weights outside it and the out
 its weights, and those of an adapter, are then the checkpoint's own, which servers look for.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
@@ -79,7 +81,7 @@ class Pretrained:
     def model(
         self, config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str = "auto", **options
     ) -> PreTrainedModel:
-        """Load the model with its weights; those outside its text part and its output head are frozen.
+        """Load the model with its weights; those that training on text cannot change are frozen.
 
         Args:
             config: the configuration, changed or not.
@@ -96,6 +98,7 @@ class Pretrained:
             options["attn_implementation"] = attn_implementation
         if "quantization_config" in options:
             experts.quantise_experts_as_well()
+        _show_whole_shapes()
         model, report = self._from_pretrained(
             auto_class(config), config=config, dtype=dtype, output_loading_info=True, **options
         )
@@ -108,7 +111,7 @@ class Pretrained:
         linear_attention.keep_documents_apart(model)
         experts.use_low_rank_forward(model)
         generation.drop_sampling_settings(model.generation_config)
-        for parameter in outside_decoder(model).values():
+        for parameter in never_trained(model).values():
             parameter.requires_grad_(False)
         return model
 
@@ -161,6 +164,39 @@ def auto_class(config: PreTrainedConfig) -> type:
     return transformers.AutoModelForCausalLM
 
 
+class _WholeShapes:
+    """A model held in parts by ZeRO-3, to whatever looks up the shapes of its parameters."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def get_parameter(self, name):
+        parameter = self._model.get_parameter(name)
+        return torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+
+
+def _show_whole_shapes() -> None:
+    """Let transformers convert weights between files and models that ZeRO-3 holds in parts; further calls change nothing.
+
+    Some conversions compare a tensor with the shape of its parameter, which is then empty: those of the experts of
+    Qwen3-VL-MoE would be transposed in any case.
+    """
+    convert = WeightConverter.convert
+    if hasattr(convert, "shows_whole_shapes"):
+        return
+
+    @functools.wraps(convert)
+    def convert_by_whole_shapes(self, layer_name, model=None, *args, **options):
+        in_parts = model is not None and hasattr(next(model.parameters()), "ds_shape")
+        return convert(self, layer_name, _WholeShapes(model) if in_parts else model, *args, **options)
+
+    convert_by_whole_shapes.shows_whole_shapes = True
+    WeightConverter.convert = convert_by_whole_shapes
+
+
 def _work_around_libraries(model: PreTrainedModel) -> None:
     for module in model.modules():
         # At the first evaluation bitsandbytes would turn 4-bit weights into a layout for inference on CPUs: rounded
@@ -188,6 +224,21 @@ def outside_decoder(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     parts = (model.get_decoder(), model.get_output_embeddings())
     trained = {id(parameter) for part in parts for parameter in part.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in trained}
+
+
+def in_indexer(name: str) -> bool:
+    """Return whether a module or parameter of that name belongs to an indexer of sparse attention.
+
+    An indexer chooses the tokens that a token attends to, as in DeepSeek-V3.2 and Qwen4: it passes on the places of its
+    highest scores and not the scores, so the loss has no gradient for its weights.
+    """
+    return "indexer" in name.split(".")
+
+
+def never_trained(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return {name: parameter} of what the loss of a text does not reach: what `outside_decoder` finds, and indexers."""
+    chosen = {name: parameter for name, parameter in model.named_parameters() if in_indexer(name)}
+    return {**outside_decoder(model), **chosen}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def mean_loss(
     total, count = 0.0, 0
     with _evaluating(model):
         collator = Collator(checks.packing_fault(model, Collator()) is None)
-        for start in tqdm(range(0, len(rows), batch_size), desc="loss", disable=None if show_bar else True):
+        for start in tqdm(range(0, len(rows), batch_size), desc="loss", disable=None if progress else True):
             batch = collator(rows[start : start + batch_size])
             moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
             loss, supervised = supervised_loss(model, moved)

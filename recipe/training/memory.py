@@ -15,7 +15,7 @@ import torch
 from recipe.distributed.engines import Engine, Mode
 from recipe.distributed.weights import numel
 from recipe.model import experts
-from recipe.model.loading import outside_decoder
+from recipe.model.loading import never_trained
 from recipe.model.loss import BLOCK, ROWS
 
 GB = 1e9
@@ -71,7 +71,7 @@ class ModelSize:
         other: Elements of all other weights but embedding and output head.
         embedding: Elements of the input embedding.
         head: Elements of the output head; 0 if it is the embedding.
-        tower: Elements of all these that are outside of the decoder, in a vision tower; they are never trained.
+        tower: Elements of all these that are never trained: outside of the decoder, in a vision tower, or in indexers.
         adapter: Elements that LoRA trains.
         layers: What each decoder layer keeps: with an adapter for its backward pass, else for that of all weights.
         config: The configuration of the decoder.
@@ -145,7 +145,7 @@ def model_size(model: Any, fused_delta_rule: bool = False) -> ModelSize:
     adapted = hasattr(model, "peft_config")
     base = model.get_base_model() if adapted else model
     decoder, head = base.get_decoder(), base.get_output_embeddings()
-    outside = {id(parameter) for parameter in outside_decoder(base).values()}
+    outside = {id(parameter) for parameter in never_trained(base).values()}
     matrices = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     matrices |= {id(p) for name, p in base.named_parameters() if experts.is_routed_weight(name)}
     counts = dict.fromkeys(("adapter", "4 bits", "matrices", "other", "tower"), 0)

@@ -14,7 +14,7 @@ from recipe.console import UserError, say
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
 from recipe.model import adapter, experts, linear_attention
-from recipe.model.loading import outside_decoder
+from recipe.model.loading import in_indexer, outside_decoder
 from recipe.model.loss import obstacle_to_fusing
 from recipe.model.precision import dtype_name
 from recipe.training import memory
@@ -82,6 +82,8 @@ def _trained(model, args, lora_args):
     base = model.get_base_model() if args.use_lora else model
     if outside_decoder(base):
         what += "; text only: images are left as they are"
+    if any(in_indexer(name) for name, _ in base.named_parameters()):
+        what += "; the indexers of sparse attention are frozen, as no gradient reaches them"
     return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {what}"
 
 

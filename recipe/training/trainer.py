@@ -3,6 +3,7 @@
 Reads in the order of a run: the loss of a micro-batch, the rows of an epoch, evaluation, the log, saving.
 """
 
+import copy
 import glob
 import json
 import math
@@ -299,7 +300,28 @@ class RecipeTrainer(transformers.Trainer):
                 "earlier checkpoints are untouched. Lower --learning_rate, or use --bf16 in place of --fp16."
             )
 
-    # Saving
+    # Saving and loading
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Load a whole model by the names in its files; the Trainer would leave out tensors that have others in the model.
+
+        Those of routed experts and vision checkpoints do, and training would go on from the base model's.
+        """
+        model = self.model if model is None else model
+        if hasattr(model, "peft_config") or engines.engine_of(self.args).checkpoint_format != "whole":
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved, report = type(model).from_pretrained(
+            resume_from_checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise UserError(f"{resume_from_checkpoint}: lacks {sorted(report['missing_keys'])[0]}; resume another one.")
+        model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        if hasattr(self.model, "peft_config") or engines.engine_of(self.args).checkpoint_format != "whole":
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.save(self, output_dir or self.args.output_dir, None)

@@ -3,7 +3,9 @@
 torchrun --nproc_per_node 2 tests/distributed/ranks.py jobs.json results.json
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -104,7 +106,8 @@ def run(job):
     finetune.RecipeTrainer = Watched
     Watched.signalled = job.get("signalled")
     try:
-        finetune.train(job["argv"])
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            finetune.train(job["argv"])
     except signals.Interrupted as interrupted:
         return engine(Watched.last) | {"code": interrupted.code}
     trainer = Watched.last
@@ -113,7 +116,7 @@ def run(job):
         whole = {n: weights.gather_full(p).cpu() for n, p in model.named_parameters() if p.requires_grad}
         if RANK == 0:
             torch.save(whole, job["gather"])
-    return engine(trainer) | {"log": trainer.state.log_history}
+    return engine(trainer) | {"log": trainer.state.log_history, "said": said.getvalue()}
 
 
 def main(jobs, results):
@@ -129,6 +132,7 @@ def main(jobs, results):
         if RANK == 0:
             pathlib.Path(results).write_text(json.dumps(done))
         if "error" in done[name]:
+            print(done[name]["traceback"], file=sys.stderr, flush=True)  # rank 0 may fail because another one did
             os._exit(1)  # ranks may stand at different places now: nothing can follow
 
 

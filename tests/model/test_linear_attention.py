@@ -19,7 +19,7 @@ from helpers import UNEVEN_ROWS, reference, relative, step, write
 from recipe.dataset.collator import Collator
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import ChatEncoder
-from recipe.model import attention, linear_attention
+from recipe.model import adapter, attention, linear_attention, loading
 from recipe.training import checks
 
 SIGNS = "causal_conv1d|create_recurrent_attention_mask|_is_stateful = True|update_(recurrent|conv)_state"
@@ -98,7 +98,7 @@ LENGTHS = [70, 1, 2, 3, 5, 130, 2]  # shorter than the convolution, longer than 
 def tiny(kind, **changes):
     """A random model of a model type, with the attention kernel that the recipe chooses for it."""
     torch.manual_seed(0)
-    values = COMMON | {**PACKED, **PADDED}[kind] | changes
+    values = COMMON | {**PACKED, **PADDED}.get(kind, {}) | changes
     values = {name: value for name, value in values.items() if value is not None}
     family = transformers.CONFIG_MAPPING[kind]
     if "vision_config" in family.sub_configs:
@@ -169,6 +169,24 @@ def test_a_model_whose_documents_cannot_be_kept_apart_is_found_and_padded_rows_o
         for row, document in zip(states, alone(documents), strict=True):
             expected = model(**document, use_cache=False)[0][0]
             assert (row[: len(expected)] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+INDEXED = dict(q_lora_rank=16, index_topk=16, index_head_dim=16, index_n_heads=2, head_dim=None)
+
+
+@pytest.mark.parametrize(
+    "kind, changes", [("qwen4_exp_text", {}), ("deepseek_v32", LATENT | INDEXED), ("glm_moe_dsa", LATENT | INDEXED)]
+)
+def test_the_loss_reaches_all_weights_but_those_of_indexers(kind, changes):
+    model = tiny(kind, **changes).train()
+    _, gradients = logits_and_gradients(model, alone(random_documents([70])))  # enough for every expert
+    frozen, names = loading.never_trained(model), {name for name, _ in model.named_parameters()}
+    assert frozen and all(".indexer." in name for name in frozen)
+    assert names - gradients.keys() == frozen.keys()
+    targets = adapter.targets(model, None)
+    assert targets and not any(".indexer." in name for name in targets)
+    with pytest.raises(ValueError, match="or in indexers"):
+        adapter.targets(model, sorted({name.split(".")[-2] for name in frozen if "proj" in name})[:1])
 
 
 def test_every_model_of_transformers_with_such_layers_is_in_one_of_the_tables():
