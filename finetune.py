@@ -444,6 +444,7 @@ def run(
     config = load_config(model_args, training_args, data_args.pack_tokens)  # settles model_max_length for the rows
     if training_args.use_lora and not lora_args.lora_weight_path:
         experts.check(config, lora_args.lora_experts, lora_args.lora_target_modules)
+    engines.settle_loading(training_args, config, pretrained(model_args, training_args).persistent_buffers)
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
     record = checkpoints.describe_run(model_args, data_args, training_args, lora_args, train_dataset)
     about = RunRecord((model_args, data_args, training_args, lora_args), named, train_dataset, eval_dataset)

@@ -39,7 +39,7 @@ from recipe.distributed.engines import ENGINES, Mode  # noqa: E402
 from recipe.model import loading  # noqa: E402
 
 RESULTS = FOLDER / "families.jsonl"
-FAMILIES = {  # model_type in config.json: models of it
+FAMILIES = {  # model_type in config.json, and a variant: models of it
     "qwen2": "Qwen1.5, Qwen2, Qwen2.5, QwQ",
     "qwen3": "Qwen3",
     "qwen3_5_text": "Qwen3.5, the text part alone",
@@ -55,7 +55,9 @@ FAMILIES = {  # model_type in config.json: models of it
     "qwen3_vl_moe": "Qwen3-VL-30B-A3B, 235B-A22B",
     "gemma3_text": "Gemma 3 of 270M and 1B",
     "gemma3": "Gemma 3 of 4B to 27B",
-    "gemma4": "Gemma 4",
+    "gemma4": "Gemma 4 31B",
+    "gemma4 A4B": "Gemma 4 26B-A4B",
+    "gemma4 E4B": "Gemma 4 E2B, E4B",
     "llama": "Llama 2 to 3.3, SmolLM2",
     "mistral": "Mistral",
     "qwen4_exp_text": "Qwen4-Exp, the text part alone",

@@ -29,6 +29,11 @@ SPARSE = {
 WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 TOWER = dict(hidden_size=32, intermediate_size=64, depth=2, num_heads=2, out_hidden_size=64, patch_size=4)
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+GEMMA4 = {**SIZE, **WINDOW, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+GEMMA4_TOWER = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+    patch_size=4, position_embedding_size=64,
+)  # fmt: skip
 TEXT = {
     "llama": SIZE,
     "mistral": {**SIZE, "sliding_window": 16},
@@ -47,10 +52,10 @@ TEXT = {
     },
     "qwen4_exp_text": SPARSE,
 }  # fmt: skip
-VISION = {  # family: (text configuration, vision configuration, further fields)
+VISION = {  # family, and its variant if it has several: (text configuration, vision configuration, further fields)
     "qwen2_5_vl": ({**SIZE, "rope_parameters": MROPE}, {**TOWER, "fullatt_block_indexes": [1]}),
     "qwen3_vl": ({**SIZE, "rope_parameters": MROPE}, {**TOWER, "deepstack_visual_indexes": [0]}),
-    "qwen3_vl_moe": ({**SIZE, **EXPERTS, "rope_parameters": MROPE}, {**TOWER, "deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": ({**SIZE, **EXPERTS, "moe_intermediate_size": 24, "rope_parameters": MROPE}, {**TOWER, "deepstack_visual_indexes": [0]}),
     "qwen3_5": ({**SIZE, **DELTA}, TOWER),
     "qwen3_5_moe": ({**SIZE, **DELTA, **SHARED}, TOWER),
     "qwen4_exp": (SPARSE, TOWER),
@@ -65,10 +70,15 @@ VISION = {  # family: (text configuration, vision configuration, further fields)
             patch_size=4,
         ),
     ),
-    "gemma4": (
-        {**SIZE, **WINDOW, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 1024},
-        dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-             head_dim=16, patch_size=4, position_embedding_size=64),
+    "gemma4": (GEMMA4, GEMMA4_TOWER),
+    "gemma4 A4B": (
+        {**GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        GEMMA4_TOWER,
+    ),
+    "gemma4 E4B": (
+        {**GEMMA4, "num_hidden_layers": 4, "layer_types": WINDOW["layer_types"] * 2, "num_kv_shared_layers": 2,
+         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 1024},
+        GEMMA4_TOWER,
     ),
 }  # fmt: skip
 MTP = (
@@ -127,7 +137,7 @@ def family(
     ids = dict(image_token_id=900, video_token_id=901, vision_start_token_id=902, vision_end_token_id=903)
     if name == "gemma3":
         ids = dict(image_token_index=900, boi_token_index=902, eoi_token_index=903, mm_tokens_per_image=4)
-    config = transformers.CONFIG_MAPPING[name](
+    config = transformers.CONFIG_MAPPING[name.partition(" ")[0]](
         text_config={**text, **changes}, vision_config=dict(vision), tie_word_embeddings=tied, **ids
     )
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)

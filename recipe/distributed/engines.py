@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -403,6 +403,31 @@ def settle_checkpointing(model: Any, args: TrainingArguments, quantized: bool) -
 
         chosen.setdefault("use_reentrant", use_reentrant(True, args.use_lora, quantized, deepspeed.__version__))
     setattr(args, name, {"use_reentrant": False, **chosen})
+
+
+def settle_loading(args: TrainingArguments, config: Any, persistent_buffers: Callable[[Any], Sequence[str]]) -> None:
+    """Choose how the ranks of FSDP2 load a model, before they do.
+
+    Args:
+        args: TrainingArguments of finetune.py; rank 0 alone reads the files by default and passes parameters on.
+        config: Configuration of the model.
+        persistent_buffers: Function from it to the names of the buffers in its files. accelerate does not pass these on
+            and raises an error, so every rank reads the files of a model that has some.
+
+    Raises:
+        UserError: FSDP2 cannot train the model.
+    """
+    if engine_of(args).wrapped_class != FSDP2.wrapped_class:
+        return
+    if config.model_type == "gemma4" and config.get_text_config().hidden_size_per_layer_input:
+        raise UserError(
+            f"{config.model_type} with {engine_of(args).label}: a model with embeddings of its own in each layer reads "
+            "a weight that is held in parts; use DDP or ZeRO-3 (--deepspeed ds_config_zero3.json)."
+        )
+    if args.fsdp_plugin_args["cpu_ram_efficient_loading"] and (buffers := persistent_buffers(config)):
+        say(f"every process reads the weights itself: FSDP2 cannot pass on buffers such as {buffers[0]}.")
+        args.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def adapt_model(model: Any, args: TrainingArguments) -> None:

@@ -7,13 +7,14 @@ an image processor is none of the tokenizer's files; a server needs all of them 
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import Transpose, revert_weight_conversion
 from transformers.utils import (
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
@@ -39,6 +40,33 @@ class Names(NamedTuple):
     shared: set[str]
 
 
+def keep_layout(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Let weights of a model be written in the layout of the files that it was loaded from.
+
+    transformers reads the experts of Qwen3-VL-MoE in either of two layouts, which it tells apart by their shapes, and
+    would write one of them only.
+
+    Args:
+        model: the model, in parts or not; its conversions are settled.
+        shapes: {name of a tensor in the files: shape}.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        return
+    kept = []
+    for conversion in conversions:
+        by_shape = [op for op in getattr(conversion, "operations", []) if getattr(op, "check_dims", False)]
+        if by_shape:
+            end = conversion.source_patterns[0]
+            (transposition,), parameters = by_shape, dict(model.named_parameters())
+            whole = next(getattr(p, "ds_shape", p.shape) for name, p in parameters.items() if name.endswith(end))
+            if tuple(whole) == next((tuple(shape) for name, shape in shapes.items() if name.endswith(end)), None):
+                continue
+            conversion.operations = [Transpose(transposition.dim0, transposition.dim1)]
+        kept.append(conversion)
+    model._weight_conversions = kept
+
+
 class BaseFiles:
     """The files of the checkpoint that a model was loaded from.
 
@@ -53,10 +81,12 @@ class BaseFiles:
 
     def __init__(self, model: PreTrainedModel, cache_dir: str | None = None):
         self.model, self.cache_dir = model, cache_dir
-        self.tensors = {}
+        self.tensors, shapes = {}, {}
         for path in self._weight_files():
             with safe_open(path, "pt") as file:
                 self.tensors.update({name: (path, name) for name in file.keys()})
+                shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+        keep_layout(model, shapes)
         self._shapes = _without_numbers(model)
         # What `save_pretrained` does, so that these are the names in the files.
         self._written = revert_weight_conversion(model, dict(self._shapes))

@@ -115,6 +115,13 @@ class Pretrained:
             parameter.requires_grad_(False)
         return model
 
+    def persistent_buffers(self, config: PreTrainedConfig) -> list[str]:
+        """Name the buffers that the files of such a model hold beside its parameters, without loading it."""
+        options = {"trust_remote_code": True} if self.trust_remote_code else {}
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, **options)
+        return sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
+
     def _from_pretrained(self, kind, **options):
         if self.revision:
             options["revision"] = self.revision

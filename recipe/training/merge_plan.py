@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from recipe.console import UserError
+from recipe.model.base_files import keep_layout
 from recipe.model.loading import Pretrained, adapter_mapping, auto_class, load_adapter
 from recipe.model.weight_files import FLOATS, WeightFiles
 
@@ -187,6 +188,7 @@ def _places(model, files):
         if pattern is not None:
             converted.add(found)
     model._weight_conversions = [entry for entry in conversions if entry.was_used()]  # what _in_files reverts
+    keep_layout(model, {name: stored.shape for name, stored in files.tensors.items()})
     return places, converted
 
 

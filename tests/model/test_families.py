@@ -1,14 +1,22 @@
 """Each family of docs/families.md trains on packed rows, or on padded ones where packed ones would be wrong."""
 
 import json
+import shutil
+import types
 
 import families
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import finetune
 from benchmarks import families as cells
 from helpers import ROOT, UNEVEN_ROWS, history, write
+from recipe.console import UserError
+from recipe.distributed import engines
 from recipe.distributed.engines import Mode
+from recipe.model import loading
+from recipe.training import merging
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +50,56 @@ def test_the_document_has_the_table_of_all_committed_results():
     assert len(found) == len(cells.FAMILIES) * len(cells.MODES) * len(cells.FLAGS)
     assert all(cell["verdict"].partition(":")[0] in ("trained", "padded", "refused") for cell in found)
     assert all(cell["loss_difference"] < 1e-4 for cell in found if not cell["verdict"].startswith("refused"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_5_vl", "gemma3"])
+def test_a_full_training_goes_on_from_its_checkpoint_where_files_have_other_names_than_the_model(
+    small_tokenizer, rows, tmp_path, name
+):
+    model = families.family(name, tmp_path / "model", small_tokenizer)
+    cell = cells.Cell(name, Mode.FULL, cells.ALONE)
+    more = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    finetune.train([*cells.words(cell, model, rows, tmp_path / "whole"), *more])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    words = cells.words(cell, model, rows, tmp_path / "resumed")
+    finetune.train([*words, *more, "--resume_from_checkpoint", "auto"])
+    whole, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "resumed"))
+    assert history(tmp_path / "resumed", "loss") == history(tmp_path / "whole", "loss")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[weight], resumed[weight]) for weight in whole)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_experts_are_saved_and_merged_in_the_layout_of_the_files(small_tokenizer, rows, tmp_path, transposed):
+    """The files of Qwen3-VL-MoE on the hub hold experts transposed, those that transformers writes do not."""
+    model = families.family("qwen3_vl_moe", tmp_path / "model", small_tokenizer)
+    base = load_file(model / "model.safetensors")
+    if transposed:
+        base = {name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in base.items()}
+        save_file(base, model / "model.safetensors", metadata={"format": "pt"})
+    for mode, more in ((Mode.FULL, []), (Mode.LORA, ["--lora_experts", "True"])):
+        cell = cells.Cell("qwen3_vl_moe", mode, cells.ALONE)
+        finetune.train([*cells.words(cell, model, rows, tmp_path / mode), *more])
+    merging.merge(str(tmp_path / Mode.LORA), str(tmp_path / "merged"))  # compares the logits
+    for folder in (tmp_path / Mode.FULL, tmp_path / "merged"):
+        saved = load_file(folder / "model.safetensors")
+        assert {name: w.shape for name, w in saved.items()} == {name: w.shape for name, w in base.items()}
+        moved = [name for name, w in saved.items() if ".experts." in name and not torch.equal(w, base[name])]
+        assert len(moved) == 4
+
+
+def test_fsdp2_refuses_a_model_that_reads_a_weight_in_parts(small_tokenizer, tmp_path):
+    source = loading.Pretrained(str(families.family("gemma4 E4B", tmp_path, small_tokenizer)))
+    args = types.SimpleNamespace(deepspeed=None, fsdp=True, fsdp_config={})
+    with pytest.raises(UserError, match="gemma4 with FSDP2: .* use DDP or ZeRO-3"):
+        engines.settle_loading(args, source.config(), source.persistent_buffers)
+
+
+def test_buffers_in_the_files_are_known_without_the_weights(small_tokenizer, tmp_path):
+    found = {}
+    for name in ("kimi_linear", "qwen4_exp_text", "qwen3_5"):
+        source = loading.Pretrained(str(families.family(name, tmp_path / name, small_tokenizer)))
+        for path in (tmp_path / name).glob("*.safetensors"):
+            path.unlink()
+        found[name] = {buffer.rpartition(".")[2] for buffer in source.persistent_buffers(source.config())}
+    assert found["kimi_linear"] == {"e_score_correction_bias"} and found["qwen4_exp_text"] and not found["qwen3_5"]
