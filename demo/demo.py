@@ -88,7 +88,7 @@ def run() -> None:
         print(f"wanted: {questions[i].reference}")
     print(f"\nadapter       {OUTPUT} (best by held-out loss: {OUTPUT}/best)")
     print(f"merged model  {MERGED} (its logits differ from the adapter's by {difference:.1e})")
-    print(f"loss curve    {OUTPUT}/loss.png")
+    print(f"the run       {OUTPUT}/report.html")
     print("seconds       " + ", ".join(f"{name} {value}" for name, value in stages.seconds.items()))
     with open(os.path.join(OUTPUT, "metrics.json"), "w", encoding="utf-8") as file:
         json.dump({"before": before, "after": after, "seconds": stages.seconds}, file, indent=2)
