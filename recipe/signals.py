@@ -122,6 +122,9 @@ def deferred(notice: str, afterwards: str, at_once: str) -> Iterator[None]:
         notice: what to print when one comes; "" lets it end the program at once.
         afterwards: what to print when one ends the program at the end of the block, or later.
         at_once: the same within the block, if notice is "".
+
+    Raises:
+        Interrupted: one came in the block, which has come to its end; in this process alone.
     """
     with _state.lock:
         _state.notice, _state.ended = notice, at_once
@@ -132,9 +135,10 @@ def deferred(notice: str, afterwards: str, at_once: str) -> Iterator[None]:
     finally:
         with _state.lock:
             _state.notice, _state.ended = "", afterwards if completed else at_once
-            if _state.received and completed:
-                _end(_state.received, afterwards)
-            _state.received = 0  # an error, or `Interrupted`, has ended the block
+            number, _state.received = _state.received, 0  # an error, or `Interrupted`, may have ended the block already
+    if number:
+        _print(f"{signal.Signals(number).name}: {afterwards}")
+        raise Interrupted(number)
 
 
 def _print(text: str) -> None:

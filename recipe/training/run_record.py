@@ -66,6 +66,8 @@ class RunRecord:
             if trainer.args.should_save:
                 self._outcome |= {"exit_reason": _failure(error), "seconds": round(time.perf_counter() - start, 1)}
                 with contextlib.suppress(OSError):  # the disk may be full, and the error above matters more
+                    if self._outcome["saved"]:
+                        command_line.write_run_yaml(self.arguments, folder)
                     self._write(trainer)
             raise
         totals = trainer.throughput.totals()

@@ -116,6 +116,8 @@ def test_in_the_last_step_the_trained_model_is_what_is_saved(ran):
     assert found["code"] == 129 and not found["checkpoints"]
     for path in ("adapter_model.safetensors", "run.yaml"):
         assert (found["folder"] / path).exists()
+    record = json.loads((found["folder"] / "run.json").read_text())
+    assert (record["exit_reason"], record["saved"]) == ("ended by SIGHUP", True)
     assert f"SIGHUP: the trained model is in {found['folder']}" in found["said"]
     weights = [(run["folder"] / "adapter_model.safetensors").read_bytes() for run in (found, whole)]
     assert weights[0] == weights[1]
