@@ -219,12 +219,17 @@ def table() -> str:
     for family, models in FAMILIES.items():
         cells = []
         for engine in FLAGS:
-            marks = []
-            for mode in MODES:
-                verdict = results.get(Cell(family, mode, engine), {"verdict": "not tried"})["verdict"]
-                note = "" if verdict == "trained" else f" [{notes.setdefault(verdict, len(notes) + 1)}]"
-                marks.append(f"{mode}{note}")
-            cells.append(", ".join(marks))
+            verdicts = {mode: results[Cell(family, mode, engine)]["verdict"] for mode in MODES}
+            marks = {  # each verdict once, behind the modes that have it
+                verdict: ", ".join(mode for mode in MODES if verdicts[mode] == verdict)
+                + (
+                    ""
+                    if verdict == "trained"
+                    else f": {verdict.partition(':')[0]} [{notes.setdefault(verdict, len(notes) + 1)}]"
+                )
+                for verdict in dict.fromkeys(verdicts.values())
+            }
+            cells.append("; ".join(marks.values()))
         lines.append(f"| {family} | {models} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {verdict}" for verdict, number in notes.items())])
 

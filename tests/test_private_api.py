@@ -38,7 +38,13 @@ PRIVATE = [
         (transformers.Trainer, name)
         for name in (
             *("_get_dataloader", "_get_train_sampler", "_evaluate", "_save", "_save_checkpoint"),
-            *("_get_grad_norm", "_load_from_checkpoint", "_load_rng_state", "_maybe_log_save_evaluate"),
+            *(
+                "_get_grad_norm",
+                "_load_from_checkpoint",
+                "_load_best_model",
+                "_load_rng_state",
+                "_maybe_log_save_evaluate",
+            ),
         )
     ),
     (transformers.Trainer, "set_initial_training_values"),

@@ -434,14 +434,19 @@ def adapt_model(model: Any, args: TrainingArguments) -> None:
     """Tell the engine which modules of a loaded model belong together.
 
     ZeRO-3 gathers a mixture-of-experts layer at once, and an indexer of sparse attention: ranks use different experts,
-    or call layers of the indexer once for each token, and would wait for each other forever. FSDP2 shards the classes in `_no_split_modules` one by one, and refuses a model that has no module of one
+    or call layers of the indexer once for each token, and would wait for each other forever. Experts that lie in a
+    decoder layer itself, as in Gemma 4, are gathered without the rest of it. FSDP2 shards the classes in `_no_split_modules` one by one, and refuses a model that has no module of one
     of them, such as the text part of a model whose list names the blocks of its vision tower as well.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # the base class of transformers' layers
+
     classes = {type(module) for module in model.modules()}
     if model._no_split_modules is not None:
         model._no_split_modules = set(model._no_split_modules) & {kind.__name__ for kind in classes}
     whole = {
-        type(module) for module in model.modules() if isinstance(getattr(module, "experts", None), torch.nn.Module)
+        type(module.experts if isinstance(module, GradientCheckpointingLayer) else module)
+        for module in model.modules()
+        if isinstance(getattr(module, "experts", None), torch.nn.Module)
     }
     whole |= {type(module) for name, module in model.named_modules() if name.rpartition(".")[2] == "indexer"}
     if whole and engine_of(args).deepspeed_stage == 3:

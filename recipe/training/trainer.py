@@ -302,21 +302,6 @@ class RecipeTrainer(transformers.Trainer):
 
     # Saving and loading
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Load a whole model by the names in its files; the Trainer would leave out tensors that have others in the model.
-
-        Those of routed experts and vision checkpoints do, and training would go on from the base model's.
-        """
-        model = self.model if model is None else model
-        if hasattr(model, "peft_config") or engines.engine_of(self.args).checkpoint_format != "whole":
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved, report = type(model).from_pretrained(
-            resume_from_checkpoint, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise UserError(f"{resume_from_checkpoint}: lacks {sorted(report['missing_keys'])[0]}; resume another one.")
-        model.load_state_dict(saved.state_dict())
-
     def _load_best_model(self):
         if hasattr(self.model, "peft_config") or engines.engine_of(self.args).checkpoint_format != "whole":
             super()._load_best_model()
@@ -334,11 +319,34 @@ class RecipeTrainer(transformers.Trainer):
         from peft.utils import load_peft_weights
 
         target = self.accelerator.unwrap_model(self.model)
+        if self._is_saved_whole():
+            return self._load_whole(target, resume_from_checkpoint)
         converted = hasattr(target, "first_factors") and not self.is_fsdp_enabled
         if not converted or loading.changes_base(PeftConfig.from_pretrained(resume_from_checkpoint)):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = load_peft_weights(resume_from_checkpoint, device="cpu")
         set_peft_model_state_dict(target, adapters.trained_half(state))
+
+    def _load_best_model(self):
+        if not self._is_saved_whole():
+            return super()._load_best_model()
+        self._load_whole(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+    def _is_saved_whole(self):
+        """Whether a checkpoint holds all weights in the files of the model, and not in a format of the engine."""
+        return not hasattr(self.model, "peft_config") and engines.engine_of(self.args).checkpoint_format == "whole"
+
+    def _load_whole(self, model, folder):
+        """Load a whole model by the names in its files; the Trainer would leave out tensors that have others in the model.
+
+        Those of routed experts and vision checkpoints do, and training would go on from the base model's.
+        """
+        saved, report = type(model).from_pretrained(
+            folder, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise UserError(f"{folder}: lacks {sorted(report['missing_keys'])[0]}; resume another checkpoint.")
+        model.load_state_dict(saved.state_dict())
 
     def rehearse(self) -> None:
         """Write and check a small copy through the path of all saves, so that no run fails at its last line."""

@@ -25,7 +25,7 @@ def rows(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", cells.FAMILIES)
+@pytest.mark.parametrize("name", [name for name in cells.FAMILIES if not name.endswith("_text")])
 def test_an_adapter_of_each_family_trains_as_plain_torch_would_and_plain_peft_loads_it(
     small_tokenizer, rows, tmp_path, capsys, name
 ):
@@ -53,7 +53,7 @@ def test_the_document_has_the_table_of_all_committed_results():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3"])
 def test_a_full_training_goes_on_from_its_checkpoint_where_files_have_other_names_than_the_model(
     small_tokenizer, rows, tmp_path, name
 ):
@@ -69,14 +69,13 @@ def test_a_full_training_goes_on_from_its_checkpoint_where_files_have_other_name
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[weight], resumed[weight]) for weight in whole)
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-def test_experts_are_saved_and_merged_in_the_layout_of_the_files(small_tokenizer, rows, tmp_path, transposed):
+@pytest.mark.slow
+def test_experts_are_saved_and_merged_in_the_layout_of_the_files(small_tokenizer, rows, tmp_path):
     """The files of Qwen3-VL-MoE on the hub hold experts transposed, those that transformers writes do not."""
     model = families.family("qwen3_vl_moe", tmp_path / "model", small_tokenizer)
     base = load_file(model / "model.safetensors")
-    if transposed:
-        base = {name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in base.items()}
-        save_file(base, model / "model.safetensors", metadata={"format": "pt"})
+    base = {name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in base.items()}
+    save_file(base, model / "model.safetensors", metadata={"format": "pt"})
     for mode, more in ((Mode.FULL, []), (Mode.LORA, ["--lora_experts", "True"])):
         cell = cells.Cell("qwen3_vl_moe", mode, cells.ALONE)
         finetune.train([*cells.words(cell, model, rows, tmp_path / mode), *more])
