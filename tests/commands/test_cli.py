@@ -99,6 +99,7 @@ NEEDS = {  # other flags without which transformers refuses a value
 LEFT_OUT = {"bf16", "fp16", "deepspeed", "fsdp", "use_cpu", "resume_from_checkpoint"}
 FIXED = {"label_names", "remove_unused_columns", "prediction_loss_only"}  # by our batches
 LEFT_OUT |= {"ddp_backend"}  # needs several processes
+LEFT_OUT |= {"auto_find_batch_size", "enable_jit_checkpoint"}  # refused: see test_out_of_memory.py
 HELD_AS = {"debug": [DebugOption.UNDERFLOW_OVERFLOW]}
 
 
