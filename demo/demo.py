@@ -1,6 +1,6 @@
 """Teach a real small model to turn text into JSON, and measure it before and after: `make demo`.
 
-Each stage prints the command that does the same by hand. About three minutes on two CPU cores.
+Each stage prints the command that does the same by hand. A few minutes on two CPU cores.
 """
 
 import gc
