@@ -163,8 +163,8 @@ class LoraArguments:
     lora_alpha: int = flag(16, "Scale of the adapter: its output counts alpha / r times.", at_least=1)
     lora_dropout: float = flag(0.05, "Dropout before the adapter; more for few data, 0 for many.", at_least=0, below=1)
     lora_target_modules: list[str] | None = flag(None,
-        "Names of the linear layers to adapt, such as q_proj v_proj. If not set, all except the output head, "
-        "routers and gates.")
+        "Names of the layers to adapt, such as q_proj v_proj, or one regular expression. If not set, all linear layers "
+        "except the output head, routers and gates.")
     lora_experts: bool = flag(False,
         "Adapt the routed experts of a mixture, too, each at rank lora_r / experts per token and without dropout; "
         "the adapter gets several times larger.")
@@ -348,7 +348,7 @@ def add_adapter(
         adapted = loading.load_adapter(model, lora_args.lora_weight_path, is_trainable=True)
     else:
         r, alpha, start = lora_args.lora_r, lora_args.lora_alpha, lora_args.init_lora_weights
-        whole = list(lora_args.modules_to_save or [])  # a copy, as peft changes it
+        whole = adapter.hit(model, lora_args.modules_to_save or [], "modules_to_save")
         routed = experts.lora_options(model, r, alpha, lora_args.use_rslora) if lora_args.lora_experts else {}
         with adapter.errors(model), experts.whole_shapes(model):
             adapted = peft.get_peft_model(model, peft.LoraConfig(

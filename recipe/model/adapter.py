@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -26,19 +28,53 @@ def targets(model: PreTrainedModel, names: list[str] | None) -> str | list[str]:
 
     Args:
         model: the model without an adapter.
-        names: ends of the names of layers, such as "q_proj"; None means the default.
+        names: ends of the names of layers, such as "q_proj", also with commas between them; or one regular expression
+            of whole names; or "all-linear"; None means the default.
 
     Raises:
+        UserError: a name hits no layer.
         ValueError: the loss reaches no layer of such a name.
     """
-    if not names:
+    if not names or names == ["all-linear"]:
         return default_targets(model)
-    named = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{end}") for end in names)]
+    every = [name for name, _ in model.named_modules()]
+    if len(names) == 1 and not re.fullmatch(r"[\w.,]+", names[0]):
+        named = [name for name in every if re.fullmatch(names[0], name)]
+        if not named:
+            raise UserError(
+                f"--lora_target_modules {names[0]}: this regular expression matches no layer, such as {every[-1]}."
+            )
+        names = named
+    else:
+        names = hit(model, names, "lora_target_modules")
+        named = [name for name in every if any(f".{name}".endswith(f".{end}") for end in names)]
     parts = {*_text_part(model), id(model.get_output_embeddings())}
     chosen = [name for name in named if id(model.get_submodule(name)) in parts]
-    if named and not chosen:
+    if not chosen:
         raise ValueError(f"target modules {names} are outside the text part of the model, or in indexers.")
     return names if chosen == named else chosen
+
+
+def hit(model: nn.Module, names: Iterable[str], flag: str) -> list[str]:
+    """Return the ends of names of layers that a flag lists, also with commas between them.
+
+    Raises:
+        UserError: one of them is the end of no layer's name.
+    """
+    names = [name for listed in names for name in listed.split(",") if name]
+    ends = {
+        ".".join(parts[i:])
+        for name, _ in model.named_modules()
+        for parts in [name.split(".")]
+        for i in range(len(parts))
+    }
+    for name in names:
+        if name not in ends:
+            near = difflib.get_close_matches(name, sorted(ends), n=1, cutoff=0)[0]
+            raise UserError(
+                f"--{flag} {name}: the model has no layer of this name; did you mean {near}? {_linear_layers(model)}"
+            )
+    return names
 
 
 def default_targets(model: PreTrainedModel) -> str | list[str]:
@@ -82,8 +118,12 @@ def errors(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-        raise UserError(f"no adapter: {one_line(error)} Linear layers are {sorted(linear)}.") from None
+        raise UserError(f"no adapter: {one_line(error)} {_linear_layers(model)}") from None
+
+
+def _linear_layers(model):
+    linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    return f"Linear layers are {sorted(linear)}."
 
 
 def taken_for_experts(model: PreTrainedModel) -> dict[str, nn.Linear]:

@@ -2,12 +2,14 @@
 
 import shutil
 
+import peft
 import pytest
 import transformers
 from safetensors.torch import load_file
 
 import finetune
 from helpers import ROWS, argv, write
+from recipe.console import UserError
 from recipe.model import adapter
 
 SMALL = dict(
@@ -52,3 +54,41 @@ def test_the_start_block_says_which_gates_are_left_out_and_how_to_adapt_them(sma
     names = {name for name in load_file(tmp_path / "out" / "adapter_model.safetensors") if ".lora_A" in name}
     assert names and any(".in_proj_a." in name for name in names) == bool(named)
     assert not any(f".{gate}." in name for name in names for gate in ("in_proj_b", "shared_expert_gate"))
+
+
+NAMES = {
+    "names": (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+    "commas": (["q_proj,v_proj", "o_proj"], {"q_proj", "v_proj", "o_proj"}),
+    "longer names": (["self_attn.q_proj", "layers.0.mlp.up_proj"], {"q_proj", "up_proj"}),
+    "regular expression": ([r".*\.layers\.1\..*(q|k)_proj"], {"q_proj", "k_proj"}),
+    "all-linear": (["all-linear"], LAYERS),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_layers_are_named_as_peft_has_them(case):
+    names, expected = NAMES[case]
+    model = model_of("qwen3")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=adapter.targets(model, names)))
+    hit = {name for name, part in adapted.named_modules() if hasattr(part, "lora_A")}
+    assert {name.rpartition(".")[2] for name in hit} == expected
+    if case == "regular expression":
+        assert all(".layers.1." in name for name in hit) and len(hit) == 2
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (
+            "--lora_target_modules q_proj v_porj",
+            "--lora_target_modules v_porj: the model has no layer .* did you mean v_proj?",
+        ),
+        ("--lora_target_modules q_proj,kproj", "--lora_target_modules kproj: .* did you mean k_proj?"),
+        ("--lora_target_modules .*qproj$", "this regular expression matches no layer"),
+        ("--modules_to_save lm_haed", "--modules_to_save lm_haed: .* did you mean lm_head?"),
+    ],
+)
+def test_a_name_that_hits_no_layer_is_an_error_with_the_nearest(tiny_model, tmp_path, words, sentence):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(UserError, match=sentence.replace("?", r"\?")):
+        finetune.train(argv(tiny_model, data, tmp_path / "out", "--use_lora", *words.split()))
