@@ -78,4 +78,6 @@ class StallWatch(transformers.TrainerCallback):
         faulthandler.dump_traceback(2)
         for worker in multiprocessing.active_children():  # that loads rows, and may be what hangs
             worker.kill()
+        if console.world_size() > 1:
+            time.sleep(console.OTHER_RANKS_WAIT)  # for the ranks that wait for this one to print the same
         os._exit(STALLED)

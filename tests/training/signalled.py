@@ -93,6 +93,7 @@ def forked(function, log):
 
 
 def main(cases, results):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, lets programs ignore it
     cases = json.loads(pathlib.Path(cases).read_text())
     imported = pathlib.Path(results).with_suffix(".modules")
     first = next(iter(cases.values()))["words"]

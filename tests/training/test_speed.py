@@ -63,7 +63,7 @@ def test_the_reported_memory_is_the_peak_of_the_process_since_training_began(tin
     data, out = write(tmp_path / "rows.jsonl", UNEVEN_ROWS), tmp_path / "out"
     finetune.train(argv(tiny_model, data, out, "--num_train_epochs", 1))
     reported = history(out, "memory_gb")[-1] * 1e9
-    assert before < reported < before + 1e9  # and not of what was there before
+    assert before - 5e7 < reported < before + 1e9  # which is rounded; and not of what was there before
     assert reported == pytest.approx(memory.peak_memory(torch.device("cpu")), rel=0.05)
 
 
