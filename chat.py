@@ -70,10 +70,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
     args = parse()
     console.configure_libraries()
-    try:
-        talk(args)
-    except UserError as error:
-        console.fail(error)
+    console.run(lambda: talk(args))
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
         for reason, count in found.left_out.items():
             print(f"{name}: {count} of {len(chosen)} conversations left out, {reason}", file=sys.stderr)
         gc.collect()  # the next model takes its place
+    print(json.dumps(found.figures) if len(figures) == 1 else table(figures), flush=True)
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    print(json.dumps(found.figures) if len(figures) == 1 else table(figures))
 
 
 def measure(name: str, conversations: list, metric: Any, args: argparse.Namespace) -> "Measured":
@@ -82,7 +82,7 @@ def measure(name: str, conversations: list, metric: Any, args: argparse.Namespac
     try:
         encoder, limit = PromptMode.chosen(name, args).encoder(tokenizer), args.model_max_length
         return answers.measure(
-            model, encoder, conversations, args.max_new_tokens, args.batch_size, metric, limit, progress=True
+            model, encoder, conversations, args.max_new_tokens, args.batch_size, metric, limit, show_bar=True
         )
     except (ValueError, TemplateError) as error:
         raise UserError(f"{name}: {error}") from None
@@ -103,10 +103,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
     args = parse()
     console.configure_libraries()
-    try:
-        run(args)
-    except UserError as error:
-        console.fail(error)
+    console.run(lambda: run(args))
 
 
 if __name__ == "__main__":

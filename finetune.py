@@ -411,19 +411,15 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     Raises:
         UserError: a flag that is unknown, has a wrong value, or contradicts another one.
     """
-    named = command_line.read(argv, ARGUMENTS, notice=say)
-    implied = flag_rules.implied({**command_line.defaults(ARGUMENTS), **named}, named)
-    arguments = command_line.build({**implied, **named}, ARGUMENTS)
-    flag_rules.check_and_complete(*arguments, named)
-    return arguments
+    return flag_rules.arguments_of(command_line.read(argv, ARGUMENTS, notice=say), ARGUMENTS)
 
 
 def train(argv: list[str] | None = None) -> dict[str, float]:
     """Train as a command line says, that of this process if None; return the Trainer's metrics."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parse(argv)
+    named = command_line.read(sys.argv[1:] if argv is None else argv, ARGUMENTS, notice=say)
+    arguments = flag_rules.arguments_of(named, ARGUMENTS)
     with nodes.watch(), out_of_memory.explained():  # of several machines, each ends when another one is gone
-        return run(*arguments, list(command_line.read(argv, ARGUMENTS, notice=str)))
+        return run(*arguments, list(named))
 
 
 def run(

@@ -11,7 +11,6 @@ written. The difference that rounding makes is printed.
 import argparse
 
 from recipe import console, signals
-from recipe.console import UserError
 
 
 def parse() -> argparse.Namespace:
@@ -51,10 +50,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
     args = parse()
     console.configure_libraries()
-    try:
-        run(args)
-    except UserError as error:
-        console.fail(error)
+    console.run(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -298,6 +297,18 @@ def unsloth(folder, data, out, steps, mode):
     return trained(SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer), Clock())
 
 
+def peak_memory():
+    """Most bytes of tensors on the GPU, or of this process in main memory; also in an environment of a peer."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with open(
+        "/proc/self/status"
+    ) as file:  # not ru_maxrss, which begins with the peak of the program that started this
+        return 1024 * int(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
+
+
 def one(shape, variant, mode, args):
     """Run one variant in this process and print its JSON line."""
     import torch
@@ -309,8 +320,7 @@ def one(shape, variant, mode, args):
     data.write_text("".join(json.dumps(row) + "\n" for row in known or rows(count, args.data)))
     labels = [row["labels"] for row in encoded(folder, str(data))[BATCH:]]
     seconds, losses = globals()[variant](folder, str(data), str(args.work / f"out-{variant}-{mode}"), args.steps, mode)
-    cuda = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cuda, peak = torch.cuda.is_available(), peak_memory()
     supervised, tokens = sum(label != -100 for row in labels for label in row), sum(map(len, labels))
     print(json.dumps({
         "shape": shape, "mode": mode, "variant": variant, "steps": args.steps, "supervised_tokens_per_second":

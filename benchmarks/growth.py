@@ -22,7 +22,7 @@ from bench import model_folder
 
 WORDS = [f"{a}{b}" for a in "ba de fi go lu mo ne pi ro su ta ve".split() for b in "bel dan for gil kon lem".split()]
 FIRST_STEP = """
-import json, resource, sys, time
+import json, sys, time
 start = time.time()
 sys.path.insert(0, sys.argv[1])
 import bench
@@ -32,8 +32,7 @@ import finetune
 
 class Done(finetune.transformers.TrainerCallback):
     def on_step_end(self, *args, **kwargs):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": time.time() - start, "megabytes": peak / 1e6}), flush=True)
+        print(json.dumps({"seconds": time.time() - start, "megabytes": bench.peak_memory() / 1e6}), flush=True)
 
 bench.watched(Done())
 finetune.train(sys.argv[2:])

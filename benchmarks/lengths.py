@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-from bench import MODES, Clock, conversation, model_folder, watched
+from bench import MODES, Clock, conversation, model_folder, peak_memory, watched
 
 RESULTS = pathlib.Path(__file__).parent / "results.jsonl"
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -32,8 +32,6 @@ QWEN_2023 = {  # QwenLM/Qwen README, "Profiling of Memory and Speed": one A100-8
 
 def measure(shape, mode, length, pack_tokens, steps, work):
     """Train in this process and print one JSON line."""
-    import resource
-
     import torch
     from transformers import AutoTokenizer
 
@@ -56,8 +54,7 @@ def measure(shape, mode, length, pack_tokens, steps, work):
              "--lora_r" if mode != "full" else "--seed", 16, *MODES[mode]]  # fmt: skip
     finetune.train([str(word) for word in words])
     log = json.loads((work / "out" / "trainer_state.json").read_text())["log_history"][0]
-    cuda = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cuda, peak = torch.cuda.is_available(), peak_memory()
     seconds = sorted(clock.seconds[1:])[len(clock.seconds[1:]) // 2]  # the first step warms up
     print(json.dumps({
         "shape": shape, "mode": mode, "length": length, "pack_tokens": pack_tokens, "gb": round(peak / 1e9, 2),

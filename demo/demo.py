@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from recipe import console
-from recipe.console import UserError
 
 OUTPUT, MERGED = "output/demo", "output/demo-merged"
 LONGEST, TOGETHER = 56, 60  # tokens of an answer; prompts that are answered together
@@ -97,10 +96,7 @@ def run() -> None:
 def main() -> None:
     """Run the demo; a user's mistake is one sentence."""
     console.configure_libraries()
-    try:
-        run()
-    except UserError as error:
-        console.fail(error)
+    console.run(run)
 
 
 if __name__ == "__main__":

@@ -38,14 +38,16 @@ def run(program: Callable[[], object]) -> None:
     """Run a program, and end the process after a user's mistake (see `fail`) or where it ends itself.
 
     Raises:
-        SystemExit: after a user's mistake.
+        SystemExit: after a user's mistake, or with the sentence that a library ends the program with.
     """
     try:
         program()
     except UserError as error:
         fail(error)
     except SystemExit as end:
-        leave(int(end.code or 0))
+        if isinstance(end.code, str):
+            raise
+        leave(end.code or 0)
 
 
 def leave(code: int = 0) -> NoReturn:

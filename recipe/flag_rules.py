@@ -5,10 +5,12 @@ The argument classes of finetune.py check one field each; the rules here need se
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from recipe import command_line
 from recipe.command_line import Bounds
 from recipe.console import UserError, say
 from recipe.dataset.sources import parse_sources
@@ -34,17 +36,22 @@ WITHOUT_EFFECT = {  # inherited flags that other scripts or other kinds of evalu
 }  # fmt: skip
 
 
-def implied(values: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags that others decide, where they are not named themselves: evaluation data is used every epoch.
+def arguments_of(named: dict[str, Any], classes: Sequence[type]) -> tuple[Any, ...]:
+    """Return one instance of each argument class of finetune.py, checked and completed.
 
     Args:
-        values: all flags, with their defaults where they are not named.
-        named: the flags that were named.
+        named: the flags that were named, with their values.
+        classes: the four argument classes.
+    Raises:
+        UserError: a flag has a wrong value, or contradicts another one.
     """
-    evaluates = bool(values["eval_data_path"] or values["eval_ratio"])
-    if evaluates and values["eval_strategy"] == "no" and "eval_strategy" not in named:
-        return {"eval_strategy": "epoch"}
-    return {}
+    values = {**command_line.defaults(classes), **named}
+    implied = {}
+    if (values["eval_data_path"] or values["eval_ratio"]) and values["eval_strategy"] == "no":
+        implied["eval_strategy"] = "epoch"  # evaluation data is used
+    arguments = command_line.build({**implied, **named}, classes)
+    check_and_complete(*arguments, named)
+    return arguments
 
 
 def check_and_complete(

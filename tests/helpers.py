@@ -119,6 +119,18 @@ def step(tmp_path, model, data, name, *more, ranks=1):
     return history(tmp_path / name, "loss")[0], {n: names[n].detach() - p.detach() for n, p in after.named_parameters()}
 
 
+def call_back(callback):
+    """Give every Trainer of finetune.py in this process one more callback."""
+    import finetune
+
+    class Watched(finetune.RecipeTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(callback)
+
+    finetune.RecipeTrainer = Watched
+
+
 def run_ranks(folder, jobs, ranks):
     """Run the trainings of tests/distributed/ranks.py, {name: job}, in as many processes; {name: what each left}."""
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))

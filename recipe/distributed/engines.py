@@ -435,8 +435,10 @@ def adapt_model(model: Any, args: TrainingArguments) -> None:
 
     ZeRO-3 gathers a mixture-of-experts layer at once, and an indexer of sparse attention: ranks use different experts,
     or call layers of the indexer once for each token, and would wait for each other forever. Experts that lie in a
-    decoder layer itself, as in Gemma 4, are gathered without the rest of it. FSDP2 shards the classes in `_no_split_modules` one by one, and refuses a model that has no module of one
-    of them, such as the text part of a model whose list names the blocks of its vision tower as well.
+    decoder layer itself, as in Gemma 4, are gathered without the rest of it.
+
+    FSDP2 shards the classes in `_no_split_modules` one by one, and refuses a model that has no module of one of them,
+    such as the text part of a model whose list names the blocks of its vision tower as well.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # the base class of transformers' layers
 

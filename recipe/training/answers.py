@@ -144,13 +144,13 @@ def answer(
 
 @torch.no_grad()
 def mean_loss(
-    model: PreTrainedModel, rows: Sequence[list[Document]], batch_size: int = 8, progress: bool = False
+    model: PreTrainedModel, rows: Sequence[list[Document]], batch_size: int = 8, show_bar: bool = False
 ) -> float:
     """Return the mean cross entropy over the supervised tokens of `rows` (lists of documents)."""
     total, count = 0.0, 0
     with _evaluating(model):
         collator = Collator(checks.packing_fault(model, Collator()) is None)
-        for start in tqdm(range(0, len(rows), batch_size), desc="loss", disable=None if progress else True):
+        for start in tqdm(range(0, len(rows), batch_size), desc="loss", disable=None if show_bar else True):
             batch = collator(rows[start : start + batch_size])
             moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
             loss, supervised = supervised_loss(model, moved)
@@ -217,14 +217,14 @@ def measure(
     batch_size: int = 16,
     metric: Metric | None = None,
     max_length: int | None = None,
-    progress: bool = False,
+    show_bar: bool = False,
 ) -> Measured:
     """Answer the last turn of each conversation and compute the loss of all its turns.
 
     Args:
         encoder: encodes for the model's tokenizer, in the mode that the model was trained in.
         max_length: leave out conversations with a longer document, in tokens.
-        progress: whether to show a progress bar in a terminal.
+        show_bar: whether to show a progress bar in a terminal.
 
     Raises:
         UserError: no conversation has an assistant turn to answer.
@@ -238,7 +238,7 @@ def measure(
     if not asked:
         limit = f" of at most {max_length} tokens" if max_length else ""
         raise UserError(f"no conversation{limit} has an assistant turn to be answered.")
-    answers = answer(model, encoder.tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size, progress)
+    answers = answer(model, encoder.tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size, show_bar)
     figures = mean_scores(scores(text, question, metric) for text, question in zip(answers, asked, strict=True))
-    figures["eval_loss"] = mean_loss(model, [rows[number] for number in kept], progress=progress)
+    figures["eval_loss"] = mean_loss(model, [rows[number] for number in kept], show_bar=show_bar)
     return Measured(figures, answers, asked, {reason: count for reason, count in left_out.items() if count})

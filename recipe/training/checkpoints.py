@@ -28,7 +28,6 @@ from recipe.model.base_files import Names
 from recipe.training import staging
 
 COMPLETE = "checkpoint.json"  # the record of its run, written last, when every rank has written its part
-EARLIER = "run.json"  # its name in checkpoints that earlier versions of this recipe wrote
 BEST = "best"  # folder in the output folder with the weights of the lowest evaluation loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,15 +247,12 @@ def write_record(checkpoint: str, record: dict[str, Any]) -> None:
 
 def record_of(checkpoint: str) -> dict[str, Any]:
     """Return what `describe_run` said of the run that wrote a checkpoint; {} where another program wrote it."""
-    for path in (os.path.join(checkpoint, name) for name in (COMPLETE, EARLIER)):
-        try:
-            with open(path, encoding="utf-8") as file:
-                record = json.load(file)
-        except (OSError, ValueError):
-            continue
-        known = isinstance(record, dict) and FACTS.keys() & record.keys()
-        return record if known and "exit_reason" not in record else {}  # which run_record.py writes
-    return {}
+    try:
+        with open(os.path.join(checkpoint, COMPLETE), encoding="utf-8") as file:
+            record = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and FACTS.keys() & record.keys() else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

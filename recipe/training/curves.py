@@ -57,8 +57,10 @@ def panels(log_history: list[dict[str, Any]], lengths: Sequence[int], max_length
         for axes, (key, label) in zip(others, PANELS.items(), strict=True):
             _curve(axes, log_history, key, "-", None)
             axes.set(xlabel="optimizer step", ylabel=label)
-        last.hist(np.asarray(lengths), bins=min(40, max(1, len(np.unique(np.asarray(lengths))))))
-        last.axvline(max_length, linestyle="--") if max_length <= 1.5 * max(lengths) else None
+        lengths = np.asarray(lengths)
+        last.hist(lengths, bins=min(40, max(1, len(np.unique(lengths)))))
+        if max_length <= 1.5 * lengths.max():
+            last.axvline(max_length, linestyle="--")
         last.set(xlabel="tokens of a conversation", ylabel="conversations")
         for axes in grid.flat:
             axes.grid(alpha=0.3)

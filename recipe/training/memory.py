@@ -475,9 +475,8 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open(
-            "/proc/self/status"
-        ) as file:  # not ru_maxrss, which begins with the peak of the program that started us
+        # Not ru_maxrss, which begins with the peak of the program that started this one.
+        with open("/proc/self/status") as file:
             return 1024 * int(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
     except OSError:
         pass

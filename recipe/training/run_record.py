@@ -78,7 +78,8 @@ class RunRecord:
             self._write(trainer)
             self.write_about(trainer, folder)
             curves.plot_loss(trainer.state.log_history, folder)
-            facts, usage = self.facts(trainer), model_card.usage(self.facts(trainer), folder)
+            facts = self.facts(trainer)
+            usage = model_card.usage(facts, folder)
             report_page.write(facts, usage, trainer.state.log_history, self.datasets, folder)
             console.say("\n".join(f"{name}: {text}" for name, text in usage.items()))
 

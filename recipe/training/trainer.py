@@ -302,51 +302,43 @@ class RecipeTrainer(transformers.Trainer):
 
     # Saving and loading
 
-    def _load_best_model(self):
-        if hasattr(self.model, "peft_config") or engines.engine_of(self.args).checkpoint_format != "whole":
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.save(self, output_dir or self.args.output_dir, None)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Load the weights of a checkpoint; of an adapter that was converted when it was saved, what is trained."""
+        if not self._load_own(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._load_own(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_own(self, folder):
+        """Load the weights of a checkpoint if the Trainer would load others; return whether that was so.
+
+        * A whole model is loaded by the names in its files. The Trainer would leave out tensors that have others in the
+          model, as routed experts and vision checkpoints do, and training would go on from the base model's.
+        * An adapter that was converted when it was saved has twice the rank of the one that is trained.
+        """
         from peft import PeftConfig, set_peft_model_state_dict
         from peft.utils import load_peft_weights
 
-        target = self.accelerator.unwrap_model(self.model)
-        if self._is_saved_whole():
-            return self._load_whole(target, resume_from_checkpoint)
-        converted = hasattr(target, "first_factors") and not self.is_fsdp_enabled
-        if not converted or loading.changes_base(PeftConfig.from_pretrained(resume_from_checkpoint)):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = load_peft_weights(resume_from_checkpoint, device="cpu")
-        set_peft_model_state_dict(target, adapters.trained_half(state))
-
-    def _load_best_model(self):
-        if not self._is_saved_whole():
-            return super()._load_best_model()
-        self._load_whole(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-
-    def _is_saved_whole(self):
-        """Whether a checkpoint holds all weights in the files of the model, and not in a format of the engine."""
-        return not hasattr(self.model, "peft_config") and engines.engine_of(self.args).checkpoint_format == "whole"
-
-    def _load_whole(self, model, folder):
-        """Load a whole model by the names in its files; the Trainer would leave out tensors that have others in the model.
-
-        Those of routed experts and vision checkpoints do, and training would go on from the base model's.
-        """
-        saved, report = type(model).from_pretrained(
-            folder, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise UserError(f"{folder}: lacks {sorted(report['missing_keys'])[0]}; resume another checkpoint.")
-        model.load_state_dict(saved.state_dict())
+        model = self.accelerator.unwrap_model(self.model)
+        if engines.engine_of(self.args).checkpoint_format != "whole":  # the engine reads its own files
+            return False
+        if not hasattr(model, "peft_config"):
+            options = {"config": copy.deepcopy(model.config), "dtype": model.dtype, "output_loading_info": True}
+            saved, report = type(model).from_pretrained(folder, **options)
+            if report["missing_keys"]:
+                raise UserError(f"{folder}: lacks {sorted(report['missing_keys'])[0]}; resume another checkpoint.")
+            model.load_state_dict(saved.state_dict())
+            return True
+        if not hasattr(model, "first_factors") or loading.changes_base(PeftConfig.from_pretrained(folder)):
+            return False
+        set_peft_model_state_dict(model, adapters.trained_half(load_peft_weights(folder, device="cpu")))
+        return True
 
     def rehearse(self) -> None:
         """Write and check a small copy through the path of all saves, so that no run fails at its last line."""

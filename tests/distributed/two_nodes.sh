@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two machines that train together, lose each other and go on: network namespaces stand for the machines, a veth pair
-# for the cable. As root, on Linux: bash tests/distributed/two_nodes.sh [LAUNCHER [FLAG ...]]. It trains a tiny random model on the
-# CPU with finetune_lora_ds.sh, cuts the cable after the first checkpoint, and looks at what both machines do.
+# for the cable. As root, on Linux: bash tests/distributed/two_nodes.sh [LAUNCHER [FLAG ...]]. It trains a tiny random
+# model on the CPU with finetune_lora_ds.sh, cuts the cable after the first checkpoint, and looks at what both do.
 # Exit code 0: all checks passed, 1: one failed, 77: namespaces are not allowed here.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)

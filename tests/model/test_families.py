@@ -70,6 +70,34 @@ def test_a_full_training_goes_on_from_its_checkpoint_where_files_have_other_name
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, mode, more",
+    [
+        ("qwen3_moe", Mode.FULL, []),
+        ("gemma3", Mode.FULL, []),
+        ("qwen3", Mode.LORA, []),
+        ("qwen3", Mode.LORA, ["--init_lora_weights", "pissa"]),
+    ],
+    ids=["experts", "vision checkpoint", "adapter", "converted adapter"],
+)
+def test_the_best_weights_are_loaded_at_the_end_as_they_lie_in_the_checkpoint(
+    small_tokenizer, rows, tmp_path, name, mode, more
+):
+    model, out = families.family(name, tmp_path / "model", small_tokenizer), tmp_path / "out"
+    words = cells.words(cells.Cell(name, mode, cells.ALONE), model, rows, out)
+    finetune.train([
+        *words, "--max_steps", "3", "--greater_is_better", "True", "--eval_data_path", str(rows), "--eval_strategy", "steps",
+        "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1", "--load_best_model_at_end", "True",
+        "--save_total_limit", "0", *more,
+    ])  # fmt: skip
+    best = json.loads((out / "trainer_state.json").read_text())["best_global_step"]
+    assert best < 3  # the highest loss counts as the best here, and it falls
+    file = "model.safetensors" if mode == Mode.FULL else "adapter_model.safetensors"
+    saved, expected = load_file(out / file), load_file(out / f"checkpoint-{best}" / file)
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[weight], expected[weight]) for weight in saved)
+
+
+@pytest.mark.slow
 def test_experts_are_saved_and_merged_in_the_layout_of_the_files(small_tokenizer, rows, tmp_path):
     """The files of Qwen3-VL-MoE on the hub hold experts transposed, those that transformers writes do not."""
     model = families.family("qwen3_vl_moe", tmp_path / "model", small_tokenizer)

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[i]) for i in (2, 1)]
 import transformers  # noqa: E402
 
 import finetune  # noqa: E402
+from helpers import call_back  # noqa: E402
 from recipe import console, signals  # noqa: E402
 
 
@@ -60,13 +61,7 @@ def program(case):
     """What `python finetune.py WORDS` does."""
     event, count = case.get("when", ["never", 1])
     if event.startswith("on_"):
-
-        class Signalled(finetune.RecipeTrainer):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                self.add_callback(Signal(event, count, case["signals"], case.get("group")))
-
-        finetune.RecipeTrainer = Signalled
+        call_back(Signal(event, count, case["signals"], case.get("group")))
     elif event != "never":
         watch_files(event, case["signals"])
     sys.argv = ["finetune.py", *case["words"]]

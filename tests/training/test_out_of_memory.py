@@ -15,17 +15,14 @@ from recipe.training import checkpoints, out_of_memory, start_report
 
 LIMITED = """
 import resource, sys, transformers
-import finetune
+sys.path.insert(0, "tests")
+import finetune, helpers
 class Limit(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
             size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + 40_000_000, resource.RLIM_INFINITY))
-class Limited(finetune.RecipeTrainer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(Limit())
-finetune.RecipeTrainer = Limited
+helpers.call_back(Limit())
 finetune.main()
 """
 

@@ -83,9 +83,6 @@ def test_nothing_secret_is_written(ran):
 def test_the_record_of_a_run_and_that_of_a_checkpoint_are_not_confused(ran):
     out, _ = ran
     assert checkpoints.record_of(out / "checkpoint-9")["mode"] == "LoRA" and checkpoints.record_of(out) == {}
-    (out / "checkpoint-9" / checkpoints.COMPLETE).rename(out / "checkpoint-9" / checkpoints.EARLIER)
-    assert checkpoints.why_incomplete(str(out / "checkpoint-9")) is None  # of an earlier version of this recipe
-    (out / "checkpoint-9" / checkpoints.EARLIER).rename(out / "checkpoint-9" / checkpoints.COMPLETE)
 
 
 def test_the_last_lines_and_the_cards_say_how_to_use_these_weights(ran, tiny_model, monkeypatch, capsys):

@@ -12,17 +12,14 @@ from helpers import ROOT, ROWS, argv, write
 pytestmark = pytest.mark.slow
 
 STOPPED_WORKER = """
-import os, signal, sys, psutil, transformers
-import finetune
+import signal, sys, psutil, transformers
+sys.path.insert(0, "tests")
+import finetune, helpers
 class Stop(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         for child in psutil.Process().children():
             child.send_signal(signal.SIGSTOP)
-class Stalled(finetune.RecipeTrainer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(Stop())
-finetune.RecipeTrainer = Stalled
+helpers.call_back(Stop())
 finetune.main()
 """
 SLEEPING_METRIC = """
