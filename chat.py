@@ -52,7 +52,7 @@ def talk(args: argparse.Namespace) -> None:
                 print(f"({len(question.prompt_ids)} tokens reach --model_max_length; an empty line starts anew)")
                 messages.pop()
                 continue
-            (reply,) = answers.answer(model, tokenizer, [question], encoder.stop_id, args.max_new_tokens)
+            (reply,) = answers.answer(model, tokenizer, [question], encoder.stop_ids, args.max_new_tokens)
             print(reply)
             messages.append({"role": "assistant", "content": reply})
     except (ValueError, TemplateError) as error:  # the template is missing, or refuses the conversation

@@ -17,7 +17,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipe import command_line, console, signals
@@ -42,7 +42,7 @@ from recipe.dataset.conversations import Conversations, hold_out, named_sources
 from recipe.dataset.encoding import ChatEncoder
 from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
-from recipe.model import adapter, attention, experts, generation, loading, precision, rope
+from recipe.model import adapter, attention, experts, generation, loading, precision, quantised, rope
 from recipe.model.base_files import BaseFiles
 from recipe.training import answers, checkpoints, interruption, out_of_memory, start_report
 from recipe.training.run_record import RunRecord
@@ -146,8 +146,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.prediction_loss_only = True  # evaluation keeps no logits in memory
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         precision.choose_precision(self, checkpoints.recorded_precision(self.resume_from_checkpoint, self.output_dir))
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every trained weight has its part in every loss
+        self.ddp_find_unused_parameters = bool(self.ddp_find_unused_parameters)  # each weight has its part in a loss
         engines.set_up(self)
         super().__post_init__()
         if self.n_gpu > 1:
@@ -326,7 +325,7 @@ def load_model(
     sharded = engines.engine_of(training_args).shards_weights
     if kernel == "auto" and training_args.padding_free:
         kernel = attention.choose(config.get_text_config())
-    if lora_args.q_lora:
+    if lora_args.q_lora and not quantised.quantisation(config.name_or_path, config.to_dict()):
         # Engines that shard can do so with numbers of the precision that they compute in, and not with bytes.
         storage = compute_dtype if sharded else torch.uint8
         options["quantization_config"] = nf4(compute_dtype, storage)
@@ -348,6 +347,8 @@ def add_adapter(
         adapted = loading.load_adapter(model, lora_args.lora_weight_path, is_trainable=True)
     else:
         r, alpha, start = lora_args.lora_r, lora_args.lora_alpha, lora_args.init_lora_weights
+        experts.check(model.config, lora_args.lora_experts, lora_args.lora_target_modules)
+        adapter.refuse_unknown_tokens(model, lora_args.trainable_token_indices)
         whole = adapter.hit(model, lora_args.modules_to_save or [], "modules_to_save")
         routed = experts.lora_options(model, r, alpha, lora_args.use_rslora) if lora_args.lora_experts else {}
         with adapter.errors(model), experts.whole_shapes(model):
@@ -365,6 +366,20 @@ def add_adapter(
     if (training_args.bf16 or training_args.fp16) and not training_args.deepspeed:  # these compute under autocast
         precision.keep_input_dtype(adapted)
     return adapted
+
+
+def rehearse_loading(
+    config: transformers.PreTrainedConfig, model_args: ModelArguments, training_args: TrainingArguments,
+    lora_args: LoraArguments,
+) -> None:  # fmt: skip
+    """Load the model and its adapter without their numbers: a UserError if files are damaged or flags do not fit."""
+    sharded = engines.engine_of(training_args).shards_weights
+    lora_args.q_lora |= quantised.prepare(config, model_args.model_name_or_path, training_args, sharded)
+    with engines.whole_models(training_args):
+        model = pretrained(model_args, training_args).skeleton(config)
+        engines.settle_loading(training_args, model, loading.buffers_in_files(model))
+        if training_args.use_lora:
+            add_adapter(model, training_args, replace(lora_args, init_lora_weights="true"))  # others need the numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,15 +420,6 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
     weights.raise_on_all_ranks(problem)  # the others would wait for rank 0 in the next collective
 
 
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]:
-    """Return the arguments of a command line, checked and completed.
-
-    Raises:
-        UserError: a flag that is unknown, has a wrong value, or contradicts another one.
-    """
-    return flag_rules.arguments_of(command_line.read(argv, ARGUMENTS, notice=say), ARGUMENTS)
-
-
 def train(argv: list[str] | None = None) -> dict[str, float]:
     """Train as a command line says, that of this process if None; return the Trainer's metrics."""
     named = command_line.read(sys.argv[1:] if argv is None else argv, ARGUMENTS, notice=say)
@@ -432,15 +438,13 @@ def run(
     flag_trials.try_flags(model_args, data_args, training_args, lora_args)
     transformers.set_seed(training_args.seed)
     tokenizer = pretrained(model_args, training_args).tokenizer()
+    config = load_config(model_args, training_args, data_args.pack_tokens)  # settles model_max_length for the rows
     try:
         encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking, data_args.train_empty_answers,
-                              data_args.chat_template_kwargs or {})  # fmt: skip
+                              data_args.chat_template_kwargs or {}, config.get_text_config().vocab_size)  # fmt: skip
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
-    config = load_config(model_args, training_args, data_args.pack_tokens)  # settles model_max_length for the rows
-    if training_args.use_lora and not lora_args.lora_weight_path:
-        experts.check(config, lora_args.lora_experts, lora_args.lora_target_modules)
-    engines.settle_loading(training_args, config, pretrained(model_args, training_args).persistent_buffers)
+    rehearse_loading(config, model_args, training_args, lora_args)  # before the rows, which may take long
     train_dataset, eval_dataset = make_datasets(data_args, training_args, encoder)
     record = checkpoints.describe_run(model_args, data_args, training_args, lora_args, train_dataset)
     about = RunRecord((model_args, data_args, training_args, lora_args), named, train_dataset, eval_dataset)
@@ -462,7 +466,7 @@ def run(
     trainer = RecipeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=tokenizer, data_collator=Collator(training_args.padding_free),
-        save=safe_save_model_for_hf_trainer, record=record, run_record=about, stop_id=encoder.stop_id,
+        save=safe_save_model_for_hf_trainer, record=record, run_record=about, stop_ids=encoder.stop_ids,
         questions=answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder),
         metric=answers.load_metric(data_args.metric) if data_args.metric else None,
     )  # fmt: skip
@@ -486,6 +490,7 @@ def run(
 
 def main() -> None:
     """Train as the command line says; a user's mistake is one sentence and exit code 2."""
+    gc.freeze()  # what was imported lives as long as the process
     gc.enable()
     console.run(train)
 

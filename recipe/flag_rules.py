@@ -197,6 +197,8 @@ def _evaluation(data_args: Any, training_args: Any, named: dict[str, Any]) -> No
             raise UserError(f"--early_stopping_patience needs evaluations in the course of training; {remedy}")
         if training_args.metric_for_best_model is None:
             training_args.metric_for_best_model, training_args.greater_is_better = "eval_loss", False
+    if training_args.eval_on_start and not something:
+        raise UserError(f"--eval_on_start is set but there is nothing to evaluate; {remedy}")
     if data_args.eval_generate and not something:
         raise UserError(f"--eval_generate needs held-out conversations; {remedy}")
     if not something and training_args.eval_strategy != "no":

@@ -36,6 +36,7 @@ def try_flags(model_args: Any, data_args: Any, training_args: Any, lora_args: An
     _packages(training_args, lora_args)
     _reporters(training_args)
     _schedule(training_args, _optimizer(training_args))
+    _data_loader(training_args)
     _attention(model_args)
     _compiler(training_args)
     _adapter(lora_args)
@@ -112,6 +113,18 @@ def _schedule(args: Any, optimizer: torch.optim.Optimizer) -> None:
             for factor in (function(step) for function in getattr(schedule, "lr_lambdas", [])):
                 if not math.isfinite(factor):
                     raise ValueError(f"the learning rate at step {step} of {STEPS} is {factor}")
+
+
+def _data_loader(args: Any) -> None:
+    """Make a loader, without starting its workers."""
+    workers, persistent = args.dataloader_num_workers, args.dataloader_persistent_workers
+    flags = f"--dataloader_num_workers {workers}" + f" --dataloader_persistent_workers {persistent}" * persistent
+    prefetched = args.dataloader_prefetch_factor if workers else None
+    flags += f" --dataloader_prefetch_factor {prefetched}" * (prefetched is not None)
+    with _naming(flags):
+        torch.utils.data.DataLoader(
+            [0], num_workers=workers, persistent_workers=persistent, prefetch_factor=prefetched
+        )  # fmt: skip
 
 
 def _attention(model_args: Any) -> None:

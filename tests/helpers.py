@@ -73,6 +73,15 @@ def argv(model, data, output, *more):
     ]  # fmt: skip
 
 
+def parse(words):
+    """The four argument instances of a command line, checked and completed."""
+    import finetune
+    from recipe import command_line, console, flag_rules
+
+    named = command_line.read(words, finetune.ARGUMENTS, notice=console.say)
+    return flag_rules.arguments_of(named, finetune.ARGUMENTS)
+
+
 def history(output, key):
     log = json.loads((pathlib.Path(output) / "trainer_state.json").read_text())["log_history"]
     return [entry[key] for entry in log if key in entry]

@@ -12,6 +12,11 @@ from jinja2 import TemplateError
 from recipe.dataset.control_text import ControlText
 
 _PROBE = "kqzvprobe"  # a word that no template contains
+_CALLS = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": _PROBE, "arguments": {}}}],
+}
 _DATE_FORMAT = re.compile(r"""(?:(\w+)\s*=\s*)?strftime_now\(\s*["']([^"']+)["']""")
 
 
@@ -24,7 +29,8 @@ class ChatTemplate:
         kwargs: variables of the template (chat_template_kwargs), for every rendering.
     Attributes:
         stop_token: control token that ends an assistant turn.
-        stops_earlier_turns: whether it also ends a turn that is not the last message.
+        call_stop_token: control token that ends one with tool calls, the same in most templates.
+        stops_earlier_turns: whether stop_token also ends a turn that is not the last message.
         opening: what the template writes before the text of a first user message.
         has_switch: whether `enable_thinking` changes a prompt.
         knows_thoughts: whether `reasoning_content` is rendered.
@@ -108,16 +114,20 @@ class ChatTemplate:
             raise ValueError("the chat template ends an assistant turn with no control token, so no stop can be learnt")
         self.stop_token = stop.group()
         self.stops_earlier_turns = earlier.lstrip().startswith(self.stop_token)
+        self.call_stop_token = self.stop_token
+        with contextlib.suppress(TemplateError, TypeError):
+            after = self.render([user, _CALLS]).rpartition(_PROBE)[2]
+            if self.stop_token not in after and (tokens := control_text.special.findall(after)):
+                self.call_stop_token = tokens[-1]
 
     def _left_out_parts(self, user: dict) -> Iterator[str]:
-        call = {"role": "assistant", "content": ""}
-        probe, other = ([{"type": "function", "function": {"name": name, "arguments": {}}}] for name in (_PROBE, "f"))
+        other = {**_CALLS, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
         described = {"name": _PROBE, "description": "d", "parameters": {"type": "object", "properties": {}}}
         probes: dict[str, tuple[list, list | None]] = {
             "system": ([{"role": "system", "content": _PROBE}, user], None),
             "tools": ([user], [{"type": "function", "function": described}]),
-            "tool_calls": ([user, {**call, "tool_calls": probe}], None),
-            "tool": ([user, {**call, "tool_calls": other}, {"role": "tool", "content": _PROBE}], None),
+            "tool_calls": ([user, _CALLS], None),
+            "tool": ([user, other, {"role": "tool", "content": _PROBE}], None),
         }
         for part, (messages, tools) in probes.items():
             with contextlib.suppress(TemplateError, TypeError):

@@ -29,18 +29,17 @@ knows thoughts they are the same. What happens to it depends on `thinking` and o
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
 from recipe.dataset.chat_template import ChatTemplate
 from recipe.dataset.control_text import ControlText, pieces
 from recipe.dataset.conversations import Conversation, Message
+from recipe.dataset.rendering import IGNORE_INDEX, Document, Note, Rendering, Text
 from recipe.dataset.thoughts import EMPTY_THOUGHT, THOUGHT, is_empty, thought_of, with_opened_thought
 
-IGNORE_INDEX = -100
 THINKING = ("auto", "keep", "strip", "empty")
 ENABLE_THINKING = {  # what serving passes for a turn (without, with) a thought that is learnt; None: nothing
     "auto": (False, True),
@@ -51,35 +50,6 @@ ENABLE_THINKING = {  # what serving passes for a turn (without, with) a thought 
 _PARTS = {"system": "system messages", "tools": "the list of tools", "tool_calls": "tool calls", "tool": "tool results"}
 _HEADER = 200  # characters before an answer that are searched for the control token that begins its header
 _KNOWN_HEADERS = 100  # ids of headers that are remembered; a template has a handful
-
-
-class Note(StrEnum):
-    """What a user should know about how a conversation was encoded; the value follows a number of conversations."""
-
-    SPLIT = "split into several documents, because serving has other tokens before some turns"
-    NO_THOUGHT = "with a thought that the template leaves out"
-    NO_USER = "with a turn before any user message, used as context only"
-    OPENED = "with a thought that </think> ends and no <think> begins, which was added"
-    EMPTY = "with an empty answer, which teaches to stop at once (--train_empty_answers False leaves it out)"
-    UNREAD = "with chat_template_kwargs that the chat template does not read"
-    CONTROL_TEXT = (
-        "with control tokens of this model in a text, where they stay text; remove them if they are a template"
-    )
-    CUT = "cut after the last turn that fits"
-
-
-class Document(TypedDict):
-    """A sequence of tokens that the model sees by itself.
-
-    input_ids, labels: of equal length; a label is the id or IGNORE_INDEX.
-    turns: the supervised turns, counted from 1 as in the file.
-    padding: True if the document belongs to no conversation and only fills up a row.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    turns: list[int]
-    padding: NotRequired[bool]
 
 
 class Encoded(NamedTuple):
@@ -99,8 +69,10 @@ class ChatEncoder:
         thinking: what happens to thoughts; see the table above.
         train_empty_answers: whether an answer without text, thought and calls is learnt; if not it is context.
         template_kwargs: variables for the chat template. Those of a conversation win, and both win over `thinking`.
+        vocab_size: rows of the model's embeddings; a token with a larger id is an error. None: it is not checked.
     Attributes:
-        stop_token, stop_id: what ends an assistant turn in this template, as text and as id.
+        stop_tokens, stop_ids: what ends an assistant turn in this template, as texts and as ids; of two, the second ends
+            one with tool calls.
     Raises:
         ValueError: the tokenizer has no chat template, or the template ends its turns with no control token.
     """
@@ -110,6 +82,7 @@ class ChatEncoder:
     thinking: Literal["auto", "keep", "strip", "empty"] = "auto"
     train_empty_answers: bool = True
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -119,8 +92,8 @@ class ChatEncoder:
         self.backend = self.tokenizer.backend_tokenizer
         self._control_text = ControlText(self.tokenizer)
         self.template = ChatTemplate(self.tokenizer, self._control_text, self.template_kwargs)
-        self.stop_token = self.template.stop_token
-        self.stop_id = self.tokenizer.convert_tokens_to_ids(self.stop_token)
+        self.stop_tokens = list(dict.fromkeys([self.template.stop_token, self.template.call_stop_token]))
+        self.stop_ids = self.tokenizer.convert_tokens_to_ids(self.stop_tokens)
         self._byte_level = '"ByteLevel"' in str(self.backend.decoder.__getstate__()) if self.backend.decoder else False
         self._header_ids: dict[str, list[int]] = {}
 
@@ -142,8 +115,8 @@ class ChatEncoder:
 
         Raises:
             jinja2.TemplateError: the template refuses a conversation.
-            ValueError: an answer cannot be separated from its prompt, is not what the message says, or the template
-                leaves out part of the conversation.
+            ValueError: an answer cannot be separated from its prompt, is not what the message says, the template
+                leaves out part of the conversation, or the model has no embedding of a token.
         """
         renderings = [self._render_documents(conversation) for conversation in conversations]
         documents = [document for rendering in renderings for document in rendering.documents]
@@ -152,6 +125,7 @@ class ChatEncoder:
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
         for document in documents:
             document.attach_encodings(encodings)
+            self._refuse_unknown_token(document.ids)
         encoded = [Encoded(self._label(rendering), rendering.notes) for rendering in renderings]
         self._verify(renderings)
         return encoded
@@ -163,6 +137,15 @@ class ChatEncoder:
         switch = {} if thinking is None else {"enable_thinking": thinking}
         return {**switch, **self.template_kwargs, **rendering.kwargs}
 
+    def _refuse_unknown_token(self, ids: Sequence[int]) -> None:
+        highest = max(ids, default=0)
+        if self.vocab_size is not None and highest >= self.vocab_size:
+            raise ValueError(
+                f"the token {self.tokenizer.convert_ids_to_tokens(highest)} has the id {highest}, and the model has "
+                f"embeddings for {self.vocab_size} tokens; use the tokenizer that came with the model, or resize the "
+                "model to this one (resize_token_embeddings) and save it"
+            )
+
     def _reset_tokenizer(self) -> None:
         """Switch off settings that a saved tokenizer may have, or that an earlier call may have left on."""
         # Only where needed: a change fails while another thread tokenises.
@@ -173,13 +156,13 @@ class ChatEncoder:
         if self.backend.encode_special_tokens:
             self.backend.encode_special_tokens = False
 
-    def _render_documents(self, conversation: Conversation) -> "_Rendering":
+    def _render_documents(self, conversation: Conversation) -> Rendering:
         """Render a conversation: as one document if that is what serving sees, else one for each supervised turn."""
         messages, tools = conversation["messages"], conversation.get("tools")
         self._refuse_what_is_left_out(messages, tools)
         opened = [with_opened_thought(message) for message in messages]
         neutral = self._control_text.neutralise([self._with_thought(message) for message in opened], tools)
-        rendering = _Rendering(self.template, *neutral, conversation.get("chat_template_kwargs", {}))
+        rendering = Rendering(self.template, *neutral, conversation.get("chat_template_kwargs", {}))
         supervised = self._supervised_turns(opened, rendering.notes)
         if any(message is not own for message, own in zip(opened, messages, strict=True)):
             rendering.notes.append(Note.OPENED)
@@ -237,14 +220,14 @@ class ChatEncoder:
         changed["content"] = content
         return changed | {"reasoning_content": thought} if thought.strip() else changed
 
-    def _has_prompt(self, rendering: "_Rendering", i: int) -> bool:
+    def _has_prompt(self, rendering: Rendering, i: int) -> bool:
         """Return whether the template can render a prompt for turn i although no user message comes before it."""
         try:
             return i > 0 and bool(self._prompt(rendering, i))
         except TemplateError:
             return False
 
-    def _prompt(self, rendering: "_Rendering", i: int) -> tuple[str, bool | None]:
+    def _prompt(self, rendering: Rendering, i: int) -> tuple[str, bool | None]:
         """Render the prompt of turn i; also returns the enable_thinking with which serving would get this turn."""
         if i in rendering.prompts:
             return rendering.prompts[i]
@@ -257,7 +240,7 @@ class ChatEncoder:
         rendering.prompts[i] = prompt, mode
         return prompt, mode
 
-    def _one_document(self, rendering: "_Rendering") -> "_Document | None":
+    def _one_document(self, rendering: Rendering) -> Text | None:
         """Render one document with all supervised turns; None if that is not what serving sees before each."""
         _, mode = self._prompt(rendering, rendering.supervised[0])
         text, spans = rendering.render(thinking=mode), list[tuple[int, int]]()
@@ -266,7 +249,7 @@ class ChatEncoder:
             stops = self.template.stops_earlier_turns or i + 1 == len(rendering.messages)
             if own_mode != mode or not text.startswith(prompt) or not stops:
                 return None
-            start, end = len(prompt), self._answer_end(text, len(prompt), i)
+            start, end = len(prompt), self._answer_end(text, len(prompt), rendering.messages[i], i)
             inserted = self._inserted_thought(rendering.messages[i], text[start:end])
             if inserted and i != rendering.supervised[-1]:
                 return None
@@ -276,9 +259,9 @@ class ChatEncoder:
             if not complete or not self._ends_like_last_turn(rendering, i, text[:end]):
                 return None
             spans.append((start, end))
-        return _Document(text[: spans[-1][1]], spans, rendering.supervised, rendering.sentinel)
+        return Text(text[: spans[-1][1]], spans, rendering.supervised, rendering.sentinel)
 
-    def _ends_like_last_turn(self, rendering: "_Rendering", i: int, text: str) -> bool:
+    def _ends_like_last_turn(self, rendering: Rendering, i: int, text: str) -> bool:
         """Return whether turn i, with which `text` ends, stops where it does as the last turn.
 
         Only turns with tool calls can differ: some templates end them with another token.
@@ -287,16 +270,17 @@ class ChatEncoder:
             return True
         prompt, mode = self._prompt(rendering, i)
         alone = rendering.render(i + 1, thinking=mode)
-        return (alone.rpartition(self.stop_token)[0] + self.stop_token).endswith(text[len(prompt) :])
+        stop = self._stop_token(rendering.messages[i])
+        return (alone.rpartition(stop)[0] + stop).endswith(text[len(prompt) :])
 
-    def _document_of_turn(self, rendering: "_Rendering", i: int) -> "_Document":
+    def _document_of_turn(self, rendering: Rendering, i: int) -> Text:
         """Render one supervised turn as serving would see it: nothing after it exists yet."""
         message = rendering.messages[i]
         prompt, mode = self._prompt(rendering, i)
         text = rendering.render(i + 1, thinking=mode)
         if not text.startswith(prompt):
             text = prompt + self._after_header(rendering, i, text)
-        start, end = len(prompt), self._answer_end(text, len(prompt), i)
+        start, end = len(prompt), self._answer_end(text, len(prompt), rendering.messages[i], i)
         answer = text[start:end]
         answer = answer[self._inserted_thought(message, answer) :]
         if not self._contains_message(message, answer):
@@ -307,18 +291,22 @@ class ChatEncoder:
                 )
             if Note.NO_THOUGHT not in rendering.notes:
                 rendering.notes.append(Note.NO_THOUGHT)
-        return _Document(prompt + answer, [(start, start + len(answer))], [i], rendering.sentinel)
+        return Text(prompt + answer, [(start, start + len(answer))], [i], rendering.sentinel)
 
-    def _after_header(self, rendering: "_Rendering", i: int, text: str) -> str:
+    def _after_header(self, rendering: Rendering, i: int, text: str) -> str:
         """Return what follows the header of turn i, the last one of `text`, whose beginning is not the prompt.
 
         Qwen3 inserts an empty thought into an assistant turn only after a user message, and only as long as no other
-        assistant turn follows.
+        assistant turn follows; gpt-oss leaves out the thought before a call when an answer follows.
         """
         prompt, mode = self._prompt(rendering, i)
-        header = prompt.removeprefix(rendering.render(i, thinking=mode))
+        history = rendering.render(i, thinking=mode)
+        header = prompt.removeprefix(history)
         opening = self._control_text.special.match(header)
         last = text[text.rfind(opening.group()) :] if opening else ""
+        if opening and opening.group() in history:  # a turn of gpt-oss has several messages, each with an opening
+            before = history[history.rfind(opening.group()) :]
+            last = text.rpartition(before)[2] if before in text else last
         for begin in (header, re.sub(EMPTY_THOUGHT.pattern + "$", "", header)):
             if last.startswith(begin):
                 return last[len(begin) :]
@@ -332,16 +320,14 @@ class ChatEncoder:
         empty, thought = EMPTY_THOUGHT.match(answer), thought_of(message)
         if not empty or (thought and thought in answer):
             return 0
-        as_text = (
-            self.thinking != "auto" or not self.template.knows_thoughts
-        )  # then an empty thought in the data is learnt
+        as_text = self.thinking != "auto" or not self.template.knows_thoughts  # one in the data is learnt then
         return 0 if as_text and EMPTY_THOUGHT.match(message["content"].lstrip()) else empty.end()
 
     def _contains_message(self, message: dict[str, Any], answer: str, without_thought: bool = False) -> bool:
         """Return whether a rendered answer has the message's thought (or none), then its text, and its calls."""
         inline, thought = THOUGHT.match(message["content"]), thought_of(message)
         text = (message["content"][inline.end() :] if inline else message["content"]).strip()
-        body = answer.removesuffix(self.stop_token).strip()
+        body = answer.removesuffix(self._stop_token(message)).strip()
         if without_thought:
             has_text = body.startswith(text) and "</think>" not in body[len(text) :]
         else:
@@ -350,17 +336,21 @@ class ChatEncoder:
         calls = [call["function"]["name"] for call in message.get("tool_calls") or []]
         return has_text and all(body.count(name) >= calls.count(name) for name in calls)
 
-    def _answer_end(self, text: str, start: int, i: int) -> int:
+    def _stop_token(self, message: Mapping[str, Any]) -> str:
+        return self.stop_tokens[-1] if message.get("tool_calls") else self.stop_tokens[0]
+
+    def _answer_end(self, text: str, start: int, message: Mapping[str, Any], i: int) -> int:
         # Text that looks like a control token is broken up, so the first stop token is the template's own.
-        end = text.find(self.stop_token, start)
+        stop = self._stop_token(message)
+        end = text.find(stop, start)
         if end < 0:
-            raise ValueError(f"turn {i + 1}: the chat template does not end this turn with {self.stop_token}")
-        return end + len(self.stop_token)
+            raise ValueError(f"turn {i + 1}: the chat template does not end this turn with {stop}")
+        return end + len(stop)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Documents of text -> ids and labels
 
-    def _label(self, rendering: "_Rendering") -> list[Document]:
+    def _label(self, rendering: Rendering) -> list[Document]:
         """Label the documents; a turn whose prompt and answer would merge into one token gets one of its own."""
         result, merging = [], []
         for document in rendering.documents:
@@ -378,10 +368,10 @@ class ChatEncoder:
             rendering.notes.append(Note.SPLIT)
         return sorted(result, key=lambda document: document["turns"])
 
-    def _answer_token_span(self, document: "_Document", span: tuple[int, int]) -> tuple[int, int] | None:
+    def _answer_token_span(self, document: Text, span: tuple[int, int]) -> tuple[int, int] | None:
         """Return the token positions of an answer; None if its prompt tokenised by itself has other ids."""
         (start, begins_here), (last, _) = document.token_at(span[0]), document.token_at(span[1] - 1)
-        if start is None or not begins_here or last is None or document.ids[last] != self.stop_id:
+        if start is None or not begins_here or last is None or document.ids[last] not in self.stop_ids:
             return None
         # A control token cuts the text for the tokenizer, so only what follows the last one has to be compared.
         tail = document.text[max(0, span[0] - _HEADER) : span[0]]
@@ -396,7 +386,7 @@ class ChatEncoder:
         encodings = [self.backend.encode(piece, add_special_tokens=False) for piece in pieces(text, sentinel)]
         return [i for encoding in encodings for i in encoding.ids]
 
-    def _verify(self, renderings: Sequence["_Rendering"]) -> None:
+    def _verify(self, renderings: Sequence[Rendering]) -> None:
         """Decode every supervised run of ids and compare it with the answer: the last check of the labels."""
         answers = [answer for rendering in renderings for answer in rendering.answers]
         read = self.backend.decode_batch([ids for _, _, ids in answers], skip_special_tokens=False)
@@ -420,70 +410,3 @@ def supervised_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
             runs.append((start, position))
             start = None
     return runs if start is None else [*runs, (start, len(labels))]
-
-
-class _Document:
-    """A rendered text, the character spans of its supervised answers, and the turns they belong to (from 0).
-
-    Its pieces, cut at the sentinel, are tokenised separately, so that the halves of control-token text stay apart.
-    """
-
-    def __init__(self, text: str, spans: list[tuple[int, int]], turns: list[int], sentinel: str | None):
-        self.text, self.spans, self.turns, self.pieces = text, spans, turns, pieces(text, sentinel)
-        self.encodings: list = []
-        self.ids: list[int] = []
-
-    def attach_encodings(self, encodings: Iterator) -> None:
-        """Take the tokenizer's output for the pieces from an iterator."""
-        self.encodings = [next(encodings) for _ in self.pieces]
-        self.ids = sum((encoding.ids for encoding in self.encodings[1:]), self.encodings[0].ids)
-
-    def token_at(self, char: int) -> tuple[int | None, bool]:
-        """Return the index of the token that holds a character, and whether it begins there; (None, False) if none."""
-        before = 0
-        for piece, encoding in zip(self.pieces, self.encodings, strict=True):
-            if char < len(piece):
-                token = encoding.char_to_token(char)
-                return (None, False) if token is None else (before + token, encoding.token_to_chars(token)[0] == char)
-            char -= len(piece) + 1
-            before += len(encoding)
-        return None, False
-
-
-class _Rendering:
-    """A conversation as text.
-
-    prompts: {turn: (text, enable_thinking)}; answers: the (turn, text, ids) that were labelled; turns count from 0.
-    """
-
-    def __init__(
-        self,
-        template: ChatTemplate,
-        messages: list[dict[str, Any]],
-        tools: list | None,
-        sentinel: str | None,
-        kwargs: Mapping[str, Any],
-    ):
-        self.messages, self.sentinel, self.kwargs = messages, sentinel, kwargs
-        self._template, self._tools = template, tools
-        self.supervised: list[int] = []
-        self.prompts: dict[int, tuple[str, bool | None]] = {}
-        self.documents: list[_Document] = []
-        self.answers: list[tuple[int, str, list[int]]] = []
-        self.notes: list[Note] = []
-
-    def render(self, end: int | None = None, prompt: bool = False, thinking: bool | None = None) -> str:
-        """Render the messages before `end` (None: all); see `ChatTemplate.render`."""
-        return self._template.render(self.messages[:end], self._tools, prompt, thinking, self.kwargs)
-
-    def labelled(self, document: _Document, ids: list[int], spans: Sequence[tuple[int, int] | None]) -> Document:
-        """Label a document, up to its last answer that has a span of tokens."""
-        labels, turns, last = [IGNORE_INDEX] * len(ids), [], 0
-        for turn, characters, tokens in zip(document.turns, document.spans, spans, strict=True):
-            if tokens:
-                (start, last), text = tokens, document.text[slice(*characters)]
-                labels[start:last] = ids[start:last]
-                turns.append(turn + 1)
-                text = text.replace(self.sentinel, "") if self.sentinel else text
-                self.answers.append((turn, text, ids[start:last]))
-        return {"input_ids": ids[:last], "labels": labels[:last], "turns": turns}

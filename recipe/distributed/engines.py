@@ -4,12 +4,13 @@ An engine is one process alone, DDP, DeepSpeed ZeRO-2 or ZeRO-3, or FSDP2. Other
 a new engine is one more entry of ENGINES, and a line in `engine_of` if another flag chooses it.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -405,26 +406,42 @@ def settle_checkpointing(model: Any, args: TrainingArguments, quantized: bool) -
     setattr(args, name, {"use_reentrant": False, **chosen})
 
 
-def settle_loading(args: TrainingArguments, config: Any, persistent_buffers: Callable[[Any], Sequence[str]]) -> None:
+@contextlib.contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Within the context, models are made and loaded as without an engine; ZeRO-3 would hold them in parts."""
+    from transformers.integrations import deepspeed
+
+    if not args.deepspeed:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+def settle_loading(args: TrainingArguments, model: Any, buffers: Sequence[str]) -> None:
     """Choose how the ranks of FSDP2 load a model, before they do.
 
     Args:
         args: TrainingArguments of finetune.py; rank 0 alone reads the files by default and passes parameters on.
-        config: Configuration of the model.
-        persistent_buffers: Function from it to the names of the buffers in its files. accelerate does not pass these on
-            and raises an error, so every rank reads the files of a model that has some.
+        model: The model, or its skeleton.
+        buffers: Names of the buffers in its files. accelerate does not pass these on and raises an error, so every rank
+            reads the files of a model that has some.
 
     Raises:
         UserError: FSDP2 cannot train the model.
     """
     if engine_of(args).wrapped_class != FSDP2.wrapped_class:
         return
+    config = model.config
     if config.model_type == "gemma4" and config.get_text_config().hidden_size_per_layer_input:
         raise UserError(
             f"{config.model_type} with {engine_of(args).label}: a model with embeddings of its own in each layer reads "
             "a weight that is held in parts; use DDP or ZeRO-3 (--deepspeed ds_config_zero3.json)."
         )
-    if args.fsdp_plugin_args["cpu_ram_efficient_loading"] and (buffers := persistent_buffers(config)):
+    if args.fsdp_plugin_args["cpu_ram_efficient_loading"] and buffers:
         say(f"every process reads the weights itself: FSDP2 cannot pass on buffers such as {buffers[0]}.")
         args.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

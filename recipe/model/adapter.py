@@ -5,6 +5,7 @@ import copy
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -75,6 +76,27 @@ def hit(model: nn.Module, names: Iterable[str], flag: str) -> list[str]:
                 f"--{flag} {name}: the model has no layer of this name; did you mean {near}? {_linear_layers(model)}"
             )
     return names
+
+
+def refuse_unknown_tokens(model: PreTrainedModel, ids: Iterable[int] | None) -> None:
+    """Check the ids of tokens whose embeddings are to be trained.
+
+    Raises:
+        UserError: the model has no embedding of one of them.
+    """
+    count = model.config.get_text_config().vocab_size
+    for index in ids or ():
+        if index >= count:
+            raise UserError(f"--trainable_token_indices {index}: expected ids below {count}, the model's embeddings.")
+
+
+def layers_by_name(model: nn.Module) -> dict[str, int]:
+    """Count the layers that an adapter changes, by the last part of their names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    named = (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    counts = Counter(name.rpartition(".")[2] for name in named if not name.endswith(".base_layer"))
+    return dict(sorted(counts.items()))
 
 
 def default_targets(model: PreTrainedModel) -> str | list[str]:

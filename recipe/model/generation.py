@@ -29,17 +29,20 @@ def stop_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoder:
     """
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if encoder.stop_id not in stops:
-        model.generation_config.eos_token_id = [encoder.stop_id, *stops]
-        say(f"generation will stop at {encoder.stop_token}, which ends an assistant turn; the model had not set it.")
-    tokenizer.eos_token = encoder.stop_token
+    missing = {token: i for token, i in zip(encoder.stop_tokens, encoder.stop_ids, strict=True) if i not in stops}
+    if missing:
+        model.generation_config.eos_token_id = [*missing.values(), *stops]
+        tokens = " and ".join(missing)
+        say(f"generation will stop at {tokens}, which ends an assistant turn; the model had not set it.")
+    stop_token, stop_id = encoder.stop_tokens[0], encoder.stop_ids[0]
+    tokenizer.eos_token = stop_token
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "eos_token_id"):  # the configuration of a vision checkpoint may have none
-            config.eos_token_id = encoder.stop_id
-    if looks_untrained(model, tokenizer, encoder.stop_id):
+            config.eos_token_id = stop_id
+    if looks_untrained(model, tokenizer, stop_id):
         say(
-            f"the model has probably never seen {encoder.stop_token}: it may not learn to stop. Add "
-            f"--trainable_token_indices {encoder.stop_id}, or start from the chat model."
+            f"the model has probably never seen {stop_token}: it may not learn to stop. Add "
+            f"--trainable_token_indices {stop_id}, or start from the chat model."
         )
 
 

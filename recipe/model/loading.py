@@ -5,34 +5,39 @@ on text: `get_decoder()` names its text part; all weights outside it and the out
 its weights, and those of an adapter, are then the checkpoint's own, which servers look for.
 """
 
+import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import WeightConverter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
+from transformers.utils import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    extract_commit_hash,
+    logging,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from recipe.console import UserError
 from recipe.model import attention, experts, generation, linear_attention
 from recipe.model.precision import best_dtype
+from recipe.model.weight_files import WeightFiles
 
 if TYPE_CHECKING:  # its import takes seconds, and --help needs none of it
     from peft import PeftConfig, PeftModel
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of an adapter that peft takes off the base
-# What the libraries raise for files that are missing, cut off, of another format or of another model.
-LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -115,30 +120,72 @@ class Pretrained:
             parameter.requires_grad_(False)
         return model
 
-    def persistent_buffers(self, config: PreTrainedConfig) -> list[str]:
-        """Name the buffers that the files of such a model hold beside its parameters, without loading it."""
-        options = {"trust_remote_code": True} if self.trust_remote_code else {}
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, **options)
-        return sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
+    def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """Make the model without the numbers of its weights, on torch's "meta" device.
+
+        Names and shapes in the safetensors files of a folder are checked; other files, and those of a model of the hub,
+        which may have to be downloaded first, are checked when they are loaded.
+
+        Raises:
+            UserError: the folder's files are damaged, or lack some of the weights.
+        """
+        files = os.listdir(self.name_or_path) if os.path.isdir(self.name_or_path) else [WEIGHTS_NAME]
+        older = any(name.startswith(os.path.splitext(WEIGHTS_NAME)[0]) for name in files)  # pickled weights
+        with _quiet():
+            if not older and not hasattr(config, "quantization_config"):
+                WeightFiles(self.name_or_path)
+                return self.model(config, torch.float32, device_map={"": "meta"})
+            options = {"trust_remote_code": True} if self.trust_remote_code else {}
+            with reading(f"{self.named_by} {self.name_or_path}", self._remedy), torch.device("meta"):
+                return auto_class(config).from_config(config, **options)
 
     def _from_pretrained(self, kind, **options):
         if self.revision:
             options["revision"] = self.revision
-        try:
+        with reading(f"{self.named_by} {self.name_or_path}", self._remedy):
             return kind.from_pretrained(
                 self.name_or_path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir, **options
             )
-        except LOADING_ERRORS as error:
-            if "trust_remote_code" in str(error) and not self.trust_remote_code:
-                raise UserError(
-                    f"{self.named_by} {self.name_or_path}: comes with its own Python code; read it, and set "
-                    "--trust_remote_code True if you trust it."
-                ) from None
-            raise UserError(
-                f"{self.named_by} {self.name_or_path}: cannot be loaded: {one_line(error)} Name a folder with a model "
-                "or a model of the hub."
-            ) from None
+
+    def _remedy(self, error):
+        if "trust_remote_code" in str(error) and not self.trust_remote_code:
+            return "It comes with its own Python code; read it, and set --trust_remote_code True if you trust it."
+        return "Name a folder with a model or a model of the hub."
+
+
+@contextlib.contextmanager
+def reading(what: str, remedy: Callable[[Exception], str] = lambda error: "") -> Iterator[None]:
+    """Within the context, whatever a library raises becomes a UserError: damaged files have no exception of their own.
+
+    Args:
+        what: what is loaded.
+        remedy: function from the library's exception to what to do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: cannot be loaded: {one_line(error)} {remedy(error)}".rstrip()) from None
+
+
+def buffers_in_files(model: PreTrainedModel) -> list[str]:
+    """Name the buffers that the files of a model hold beside its parameters."""
+    return sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys())
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Within the context, transformers shows no progress bar and no report: both come again with the weights."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def found_from_anywhere(name_or_path: str, cache_dir: str | None = None) -> tuple[str, str | None]:
@@ -165,8 +212,8 @@ def auto_class(config: PreTrainedConfig) -> type:
 
     `AutoModelForCausalLM` would load the text part of some vision checkpoints under other names, and refuse others.
     """
-    architecture = (config.architectures or [None])[0]
-    if architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+    architectures = config.architectures if isinstance(config.architectures, list) else []
+    if architectures and architectures[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 
@@ -273,7 +320,7 @@ def load_adapter(
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    try:
+    with reading(f"{folder}, an adapter"):
         config = PeftConfig.from_pretrained(folder, cache_dir=cache_dir)
         if is_trainable:
             refuse_changed_base(config, folder)
@@ -282,10 +329,9 @@ def load_adapter(
             saved = set(load_peft_weights(folder, device="cpu", cache_dir=cache_dir, key_mapping=mapping))
             _name_whole_model(config, model, saved)
         options |= {"is_trainable": is_trainable, "config": config, "key_mapping": mapping, "cache_dir": cache_dir}
+        options["low_cpu_mem_usage"] = model.device.type == "meta"  # else they would be copied, into nothing
         with experts.whole_shapes(model):
             adapted = PeftModel.from_pretrained(model, folder, **options)
-    except (*LOADING_ERRORS, TypeError) as error:
-        raise UserError(f"{folder}: cannot be loaded as an adapter: {one_line(error)}") from None
     placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if odd := sorted((saved ^ placed) - set(adapted.state_dict())):  # an adapter may come with the base's embeddings
         raise UserError(f"{folder}: {len(odd)} adapter weights do not match the base model, the first is {odd[0]}.")
@@ -407,12 +453,10 @@ def adapter_config(source: Pretrained) -> "PeftConfig | None":
     """
     from peft import PeftConfig
 
-    try:
+    with reading(f"{source.named_by} {source.name_or_path}"):
         if find_adapter_config_file(source.name_or_path, cache_dir=source.cache_dir) is None:
             return None
         return PeftConfig.from_pretrained(source.name_or_path, cache_dir=source.cache_dir)
-    except LOADING_ERRORS as error:
-        raise UserError(f"{source.named_by} {source.name_or_path}: cannot be loaded: {one_line(error)}") from None
 
 
 def compile_layers(model: nn.Module, training_args: Any) -> None:

@@ -52,7 +52,10 @@ class WeightFiles:
                     "safetensors files. Load a model with other weight files in transformers and save it with "
                     "save_pretrained."
                 )
-            self.index, self.shards = SAFE_WEIGHTS_INDEX_NAME, sorted(set(read_json(index)["weight_map"].values()))
+            self.index, places = SAFE_WEIGHTS_INDEX_NAME, read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+                raise UserError(f"{index}: weight_map names no files; download the model again.")
+            self.shards = sorted(set(places.values()))
         for name in self.shards:
             self.tensors.update(_tensors(folder, name))
 
@@ -111,15 +114,18 @@ def read_json(path: str) -> dict:
     """Read a JSON file that comes with a model.
 
     Raises:
-        UserError: it is not there or not JSON.
+        UserError: it is not there, or no JSON object.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            content = json.load(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; download the model again.")
+    return content
 
 
 def _tensors(folder, name):
@@ -128,16 +134,16 @@ def _tensors(folder, name):
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(start - 8))
+        entries.pop("__metadata__", None)
+        ordered = sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"])
+        found = {
+            key: Stored(name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+            for key, entry in ordered
+        }
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); download the model again.") from None
-    except (ValueError, OverflowError, MemoryError):
+    except Exception:  # any that comes of bytes which are no header
         raise UserError(f"{path}: is no safetensors file; download the model again.") from None
-    entries.pop("__metadata__", None)
-    ordered = sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"])
-    found = {
-        key: Stored(name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
-        for key, entry in ordered
-    }
     end = max((stored.end for stored in found.values()), default=start)
     if os.path.getsize(path) != end:
         raise UserError(f"{path}: has {os.path.getsize(path):,} bytes, expected {end:,}; download the model again.")

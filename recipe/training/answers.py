@@ -103,7 +103,7 @@ def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Question],
-    stop_id: int,
+    stop_ids: Sequence[int],
     max_new_tokens: int = 256,
     batch_size: int = 16,
     show_bar: bool = False,
@@ -123,7 +123,7 @@ def answer(
             on_batch("while the model answers held-out prompts")
             chosen = order[start : start + batch_size]
             width = max(len(prompt_ids[i]) for i in chosen)
-            ids = torch.tensor([[stop_id] * (width - len(prompt_ids[i])) + prompt_ids[i] for i in chosen])
+            ids = torch.tensor([[stop_ids[0]] * (width - len(prompt_ids[i])) + prompt_ids[i] for i in chosen])
             mask = torch.tensor([[0] * (width - len(prompt_ids[i])) + [1] * len(prompt_ids[i]) for i in chosen])
             output = model.generate(
                 input_ids=ids.to(model.device),
@@ -132,12 +132,12 @@ def answer(
                 use_cache=True,
                 do_sample=False,
                 temperature=None, top_p=None, top_k=None,  # the model's own sampling settings do not apply
-                eos_token_id=stop_id,
-                pad_token_id=stop_id,
+                eos_token_id=list(stop_ids),
+                pad_token_id=stop_ids[0],
             )  # fmt: skip
             for i, new in zip(chosen, output[:, width:].tolist(), strict=True):
-                new = new[: new.index(stop_id)] if stop_id in new else new
-                answers[i] = tokenizer.decode(new, clean_up_tokenization_spaces=False)
+                ids_of_answer = list(itertools.takewhile(lambda token: token not in stop_ids, new))
+                answers[i] = tokenizer.decode(ids_of_answer, clean_up_tokenization_spaces=False)
             bar.update(len(chosen))
     return answers
 
@@ -238,7 +238,7 @@ def measure(
     if not asked:
         limit = f" of at most {max_length} tokens" if max_length else ""
         raise UserError(f"no conversation{limit} has an assistant turn to be answered.")
-    answers = answer(model, encoder.tokenizer, asked, encoder.stop_id, max_new_tokens, batch_size, show_bar)
+    answers = answer(model, encoder.tokenizer, asked, encoder.stop_ids, max_new_tokens, batch_size, show_bar)
     figures = mean_scores(scores(text, question, metric) for text, question in zip(answers, asked, strict=True))
     figures["eval_loss"] = mean_loss(model, [rows[number] for number in kept], show_bar=show_bar)
     return Measured(figures, answers, asked, {reason: count for reason, count in left_out.items() if count})

@@ -10,6 +10,8 @@ import numpy as np
 PICTURE = "loss.png"
 LOSSES = {"loss": ("-", "training"), "eval_loss": ("o--", "held out")}  # key of the log: style, label
 INK = "#123456"  # of text and lines of the axes; replaced by the page's own colour, which is dark or light
+# Fixed, as are plain numbers on the axis of the loss: to look for the best would take most of the time.
+MARGINS = {"left": 0.08, "right": 0.98, "bottom": 0.06, "top": 0.98, "wspace": 0.22, "hspace": 0.25}
 PANELS = {  # key of the log: label of its axis
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
@@ -29,12 +31,14 @@ def plot_loss(log_history: list[dict[str, Any]], output_dir: str) -> str | None:
         The picture's path, or None if no loss was logged.
     """
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = pyplot.subplots(
+        figsize=(7, 4), gridspec_kw={"left": 0.12, "right": 0.98, "bottom": 0.13, "top": 0.97}
+    )
     _losses(axes, log_history)
     path = None
     if axes.lines:
         path = os.path.join(output_dir, PICTURE)
-        figure.savefig(path, dpi=120, bbox_inches="tight")
+        figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
 
@@ -51,7 +55,7 @@ def panels(log_history: list[dict[str, Any]], lengths: Sequence[int], max_length
     parts = ("text", "axes.label", "xtick", "ytick")
     ink = {"axes.edgecolor": INK, **{f"{part}color" if "." in part else f"{part}.color": INK for part in parts}}
     with pyplot.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "report", "legend.framealpha": 0}):
-        figure, grid = pyplot.subplots(3, 2, figsize=(10, 9), layout="constrained")
+        figure, grid = pyplot.subplots(3, 2, figsize=(10, 9), gridspec_kw=MARGINS)
         first, *others, last = grid.flat
         _losses(first, log_history)
         for axes, (key, label) in zip(others, PANELS.items(), strict=True):
@@ -82,9 +86,14 @@ def _pyplot():
 
 
 def _losses(axes, log_history):
+    from matplotlib import ticker
+
     for key, (style, label) in LOSSES.items():
         _curve(axes, log_history, key, style, label)
     axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", yscale="log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

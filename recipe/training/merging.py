@@ -19,15 +19,13 @@ from transformers.utils import CONFIG_NAME
 from recipe.console import UserError, say
 from recipe.model.loading import Pretrained, refuse_changed_base
 from recipe.model.precision import dtype_name
+from recipe.model.quantised import quantisation
 from recipe.model.weight_files import FLOATS, WeightFiles, read_json
 from recipe.training import merge_plan, merge_proof
 from recipe.training.merge_plan import Source
 
 RECORD = "merge.json"  # in the merged folder: what it was made from, and the names of its files
 UNFINISHED = "merge.incomplete"  # folder within the output folder, until all is written and proved
-QUANTISED_NAME = re.compile(
-    r"([-_.](unsloth|bnb|mlx|gptq|awq|fp8|mxfp[48]|nvfp4|quantized|dynamic|int[248]|[248]-?bits?|w\d+a\d+))+$", re.I
-)
 # Files of the adapter's folder that replace the base's: the tokenizer with its chat template, where to stop, how to ask.
 TRAINED_FILES = re.compile(
     r"(tokenizer.*|special_tokens_map|added_tokens|chat_template|vocab|merges|generation_config|prompt_mode)\.\w+"
@@ -113,7 +111,8 @@ def _source(adapter, base, cache_dir, trust_remote_code):
         _refuse_revision(settings.revision, folder, entry)
     if not os.path.exists(os.path.join(folder, CONFIG_NAME)):
         raise UserError(f"{name}: holds no config.json; expected the folder or hub name of the base model.")
-    _refuse_quantised(name, read_json(os.path.join(folder, CONFIG_NAME)))
+    if found := quantisation(name, read_json(os.path.join(folder, CONFIG_NAME))):
+        raise UserError(f"{found}, and merging would round the adapter away; {found.remedy('--base')}.")
     pretrained = Pretrained(folder, trust_remote_code, cache_dir, named_by="the base model")
     config = pretrained.config()
     stretched = _take_rope(config, replace(pretrained, name_or_path=adapter, named_by="the adapter"))
@@ -165,19 +164,6 @@ def _refuse_revision(recorded, folder, entry):
             f"{folder}: is revision {found}, expected {recorded}, as {entry} says; download that one, or take the entry "
             "`revision` out if the weights are the same."
         )
-
-
-def _refuse_quantised(name, config):
-    for part in (config, config.get("text_config") or {}):
-        settings = part.get("quantization_config") or part.get("compression_config") or {}
-        method = settings.get("quant_method") or ("bitsandbytes" if settings.get("load_in_4bit") else "")
-        if settings and method != "gguf":  # which transformers leaves in the config of weights it has dequantised
-            plain = QUANTISED_NAME.sub("", name.rstrip("/"))
-            known = f", such as --base {plain}" if plain != name.rstrip("/") else " with --base"
-            raise UserError(
-                f"{name}: its weights are quantised ({method or 'quantization_config'} in its config.json), and merging "
-                f"would round the adapter away; name the model in 16 bits that it was made from{known}."
-            )
 
 
 def _take_rope(config, adapter):

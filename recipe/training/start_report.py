@@ -68,12 +68,11 @@ def _trained(model, args, lora_args):
     what = "all weights, float32 masters"
     if args.use_lora:
         config = model.peft_config["default"]
-        names = getattr(config, "target_modules", None) or []
-        names = [names] if isinstance(names, str) else names
-        adapted = {name.rsplit(".", 1)[-1] for name in names}
+        adapted = adapter.layers_by_name(model)
         what = f"LoRA, r {config.r}, alpha {config.lora_alpha}" if config.peft_type == "LORA" else config.peft_type
-        what += f", on {', '.join(sorted(adapted))}" * bool(adapted)
-        gates = {part for name in adapter.gates(model) for part in name.split(".") if part in adapter.GATES - adapted}
+        what += f", on {', '.join(f'{name} ({count})' for name, count in adapted.items())}" * bool(adapted)
+        untouched = adapter.GATES - adapted.keys()
+        gates = {part for name in adapter.gates(model) for part in name.split(".") if part in untouched}
         if gates:
             what += f" (not on the gates {', '.join(sorted(gates))}, which --lora_target_modules can name)"
         taken = ", ".join(sorted({name.rpartition(".")[2] for name in adapter.taken_for_experts(model)}))

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class RecipeTrainer(transformers.Trainer):
         record: What checkpoints remember of the run, see `checkpoints.describe_run`.
         run_record: What is written about the run beside its weights.
         questions: Held-out prompts to answer at each evaluation; `metric` scores an answer besides the built-in scores,
-            `stop_id` is the token id that ends one.
+            `stop_ids` are the token ids that end one.
         kwargs: Arguments of the Trainer. `eval_dataset` is {name: dataset}, or None.
     """
 
@@ -63,7 +63,7 @@ class RecipeTrainer(transformers.Trainer):
         run_record: RunRecord | None = None,
         questions: list[answers.Question] | None = None,
         metric: Callable[[str, str, list], float] | None = None,
-        stop_id: int | None = None,
+        stop_ids: Sequence[int] = (),
         **kwargs: Any,
     ):
         config = model.config.get_text_config()
@@ -80,7 +80,7 @@ class RecipeTrainer(transformers.Trainer):
         self._bos = config.bos_token_id, self.model.generation_config.bos_token_id
         self.base = loading.found_from_anywhere(model.config._name_or_path, self.args.cache_dir)
         self.save, self.record, self.run_record = save, record or {}, run_record
-        self.questions, self.metric, self.stop_id = questions or [], metric, stop_id
+        self.questions, self.metric, self.stop_ids = questions or [], metric, stop_ids
         self.head = fuse_loss_into_head(self.model)
         # An adapter leaves the routers as they are, and their balance with them.
         self.balancing = 0.0 if hasattr(model, "peft_config") else experts.balancing_weight(model.config)
@@ -245,7 +245,7 @@ class RecipeTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
             texts = answers.answer(
-                model, self.processing_class, mine, self.stop_id, 2 * longest + 16, on_batch=self.stalls.progress
+                model, self.processing_class, mine, self.stop_ids, 2 * longest + 16, on_batch=self.stalls.progress
             )
         scores = gather_object([answers.scores(*pair, self.metric) for pair in zip(texts, mine, strict=True)])
         return {f"{prefix}_{name}": value for name, value in answers.mean_scores(scores).items()}

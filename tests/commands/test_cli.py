@@ -20,7 +20,7 @@ from transformers.debug_utils import DebugOption
 
 import finetune
 from commands.ancestors import COMMANDS, original
-from helpers import ROOT
+from helpers import ROOT, parse
 from recipe import command_line, flag_rules
 from recipe.console import UserError
 from recipe.model.precision import has_bf16
@@ -33,7 +33,7 @@ INHERITED = {field.name for field in dataclasses.fields(transformers.TrainingArg
 
 def settings(argv):
     """All arguments of a command line, whichever class they belong to."""
-    return types.SimpleNamespace(**{name: value for part in finetune.parse(argv) for name, value in vars(part).items()})
+    return types.SimpleNamespace(**{name: value for part in parse(argv) for name, value in vars(part).items()})
 
 
 def parsed(*flags):
@@ -265,7 +265,7 @@ def test_a_config_file_that_cannot_be_used_is_one_sentence(name, text, message, 
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as caught:
-        finetune.parse([str(path), *PATHS])
+        parse([str(path), *PATHS])
     assert re.fullmatch(message, str(caught.value).removeprefix(f"{tmp_path}/"))
 
 
@@ -288,7 +288,7 @@ def test_an_ancestors_command_means_what_it_meant(name, launched_by_deepspeed):
     _, expected, warmup = COMMANDS[name]
     assert (args.model_name_or_path, args.data_path) == ("Qwen/Qwen-7B", ["path_to_data"])
     assert {flag: getattr(args, flag) for flag in expected} == expected
-    training_args = finetune.parse(original(name, launched_by_deepspeed))[2]
+    training_args = parse(original(name, launched_by_deepspeed))[2]
     assert {steps: training_args.get_warmup_steps(steps) for steps in warmup} == warmup
     assert args.local_rank == (0 if launched_by_deepspeed else -1)
 
@@ -297,7 +297,7 @@ def test_an_ancestors_command_means_what_it_meant(name, launched_by_deepspeed):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_renamed_flag_is_told_once_and_nothing_else_is_renamed(name, capsys):
     argv = original(name)
-    finetune.parse(argv)
+    parse(argv)
     renamed = {"--evaluation_strategy", "--warmup_ratio", "--flash_attn"} & set(argv)
     if "activation_checkpointing" in INHERITED:
         renamed |= {"--gradient_checkpointing"} & set(argv)
@@ -436,7 +436,7 @@ def test_a_wrong_value_is_one_sentence_and_the_program_leaves_with_code_2(
 def test_a_required_flag_that_is_missing_is_named(missing):
     at = PATHS.index(missing)
     with pytest.raises(UserError, match=f"^{missing} is required; see --help.$"):
-        finetune.parse(PATHS[:at] + PATHS[at + 2 :])
+        parse(PATHS[:at] + PATHS[at + 2 :])
 
 
 def test_a_mistake_is_told_before_any_notice(capsys):
@@ -640,7 +640,7 @@ def test_a_plain_parser_of_transformers_takes_the_classes_and_checks_the_bounds(
 
 
 def test_bounds_hold_for_an_edited_default():
-    model_args, data_args, training_args, _ = finetune.parse(PATHS)
+    model_args, data_args, training_args, _ = parse(PATHS)
     edited = finetune.LoraArguments(lora_dropout=1.5)
     with pytest.raises(UserError, match="^--lora_dropout 1.5: expected a number of at least 0 and below 1.$"):
         flag_rules.check_and_complete(model_args, data_args, training_args, edited, {})

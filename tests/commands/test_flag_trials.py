@@ -6,7 +6,7 @@ import re
 import pytest
 
 import finetune
-from helpers import ROWS, argv, write
+from helpers import ROWS, argv, parse, write
 from recipe import flag_trials
 from recipe.console import UserError
 
@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_data_is_read(tmp_pa
 
 def test_trying_leaves_no_folder_and_no_random_number(tiny_model, tmp_path):
     data, states = write(tmp_path / "rows.jsonl", ROWS), []
-    arguments = finetune.parse(argv(tiny_model, data, tmp_path / "a" / "b"))
+    arguments = parse(argv(tiny_model, data, tmp_path / "a" / "b"))
     for _ in range(2):
         states.append(finetune.torch.get_rng_state())
         flag_trials.try_flags(*arguments)
@@ -58,7 +58,7 @@ def test_trying_leaves_no_folder_and_no_random_number(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "sgd", "adamw_bnb_8bit", "lion_32bit", "rmsprop"])
 def test_optimizers_that_are_there_pass(tiny_model, tmp_path, name):
-    arguments = finetune.parse(argv(tiny_model, tmp_path / "rows.jsonl", tmp_path / "out", "--optim", name))
+    arguments = parse(argv(tiny_model, tmp_path / "rows.jsonl", tmp_path / "out", "--optim", name))
     flag_trials.try_flags(*arguments)
 
 
@@ -66,6 +66,6 @@ def test_optimizers_that_are_there_pass(tiny_model, tmp_path, name):
 def test_every_schedule_passes_or_is_refused_by_its_name(tiny_model, tmp_path, name):
     words = argv(tiny_model, tmp_path / "rows.jsonl", tmp_path / "out", "--lr_scheduler_type", name)
     try:
-        flag_trials.try_flags(*finetune.parse(words))
+        flag_trials.try_flags(*parse(words))
     except UserError as error:
         assert re.match(rf"(--)?lr_scheduler_type {name}\W", str(error))

@@ -9,7 +9,7 @@ import yaml
 import finetune
 from commands.ancestors import COMMANDS, original
 from commands.test_cli import FIXED, INHERITED, LEFT_OUT, NO_GPU, other_than_default
-from helpers import ROWS, argv, history, write
+from helpers import ROWS, argv, history, parse, write
 from recipe import command_line
 
 PATHS = ["--model_name_or_path", "model", "--data_path", "rows.jsonl"]
@@ -23,14 +23,14 @@ def repeated(arguments, tmp_path):
     """What finetune.py makes of the run.yaml of these arguments, and the file's entries."""
     path = tmp_path / "run.yaml"
     path.write_text(command_line.run_yaml(arguments))
-    return finetune.parse([str(path)]), yaml.safe_load(path.read_text())
+    return parse([str(path)]), yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize("name", sorted(INHERITED - LEFT_OUT - FIXED - set(command_line.NOT_RECORDED)))
 def test_every_flag_that_differs_from_its_default_is_repeated(name, tmp_path):
     entries = other_than_default(name)
     (tmp_path / "mine.json").write_text(json.dumps(entries))
-    first = finetune.parse([str(tmp_path / "mine.json")])
+    first = parse([str(tmp_path / "mine.json")])
     again, written = repeated(first, tmp_path)
     assert values(again) == values(first)
     if name not in command_line.ALWAYS_SO and name not in command_line.RENAMED:
@@ -40,15 +40,13 @@ def test_every_flag_that_differs_from_its_default_is_repeated(name, tmp_path):
 @pytest.mark.skipif(not NO_GPU, reason="with a GPU, DeepSpeed starts up and needs its configuration file")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_ancestors_command_is_repeated(name, tmp_path):
-    first = finetune.parse(original(name))
+    first = parse(original(name))
     again, _ = repeated(first, tmp_path)
     assert {**values(again), "local_rank": 0} == {**values(first), "local_rank": 0}
 
 
 def test_what_decides_the_result_is_written_and_secrets_and_the_environment_are_not(tmp_path):
-    arguments = finetune.parse(
-        [*PATHS, "--hub_token", "secret", "--eval_ratio", "0.1", "--lora_r", "8", "--local_rank=0"]
-    )
+    arguments = parse([*PATHS, "--hub_token", "secret", "--eval_ratio", "0.1", "--lora_r", "8", "--local_rank=0"])
     arguments[2].model_max_length = 2048  # as load_config resolves it
     _, written = repeated(arguments, tmp_path)
     assert written["model_max_length"] == 2048
@@ -61,7 +59,7 @@ def test_what_decides_the_result_is_written_and_secrets_and_the_environment_are_
 
 
 def test_without_an_adapter_no_flag_of_one_is_written(tmp_path):
-    _, written = repeated(finetune.parse(PATHS), tmp_path)
+    _, written = repeated(parse(PATHS), tmp_path)
     assert not {field.name for field in dataclasses.fields(finetune.LoraArguments)} & set(written)
 
 

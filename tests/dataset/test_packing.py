@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import finetune
-from helpers import ROOT, UNEVEN_ROWS, argv, history, reference, relative, step, write
+from helpers import ROOT, UNEVEN_ROWS, argv, history, parse, reference, relative, step, write
 from recipe.console import UserError
 from recipe.dataset.collator import Collator
 from recipe.dataset.packing import PackedDataset
@@ -116,15 +116,15 @@ def test_a_run_over_packed_rows_is_resumed_where_it_ended(tiny_model, tmp_path):
 )
 def test_what_cannot_be_packed_is_told_before_anything_is_loaded(tiny_model, tmp_path, more, told):
     with pytest.raises(UserError, match=told):
-        finetune.parse(argv(tiny_model, tmp_path / "none.jsonl", tmp_path / "out", "--pack_tokens", "256", *more))
+        parse(argv(tiny_model, tmp_path / "none.jsonl", tmp_path / "out", "--pack_tokens", "256", *more))
 
 
 def test_a_packed_row_alone_is_a_micro_batch_and_bounds_conversations_unless_told_otherwise(tiny_model, tmp_path):
     base = ["--model_name_or_path", str(tiny_model), "--data_path", "rows.jsonl", "--pack_tokens", "256"]
-    model_args, data_args, training_args, _ = finetune.parse(base)
+    model_args, data_args, training_args, _ = parse(base)
     finetune.load_config(model_args, training_args, data_args.pack_tokens)
     assert training_args.per_device_train_batch_size == 1 and training_args.model_max_length == 256
-    _, _, training_args, _ = finetune.parse([*base, "--per_device_train_batch_size", "2", "--model_max_length", "64"])
+    _, _, training_args, _ = parse([*base, "--per_device_train_batch_size", "2", "--model_max_length", "64"])
     assert training_args.per_device_train_batch_size == 2 and training_args.model_max_length == 64
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from helpers import history, write
+from helpers import history, parse, write
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations, hold_out
 from recipe.dataset.encoding import ChatEncoder
@@ -230,17 +230,16 @@ def test_a_file_has_no_split(tmp_path):
 
 
 def test_run_yaml_holds_entries_and_columns(tmp_path):
-    import finetune
 
     write(tmp_path / "a.jsonl", rows("a", "b"))
     (tmp_path / "run.yaml").write_text(
         f"model_name_or_path: none\ndata_path:\n- path: {tmp_path}/a.jsonl\n  rows: 1\n- {tmp_path}/a.jsonl\n"
         "columns:\n  prompt: prompt\n  completion: completion\n"
     )
-    _, data_args, _, _ = finetune.parse([str(tmp_path / "run.yaml")])
+    _, data_args, _, _ = parse([str(tmp_path / "run.yaml")])
     assert read(*parse_sources(data_args.data_path, data_args.columns)) == ["a", "a", "b"]
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: none\ndata_path: {{path: {tmp_path}/a.jsonl, rows: 1}}\n")
-    _, data_args, _, _ = finetune.parse([str(tmp_path / "run.yaml")])
+    _, data_args, _, _ = parse([str(tmp_path / "run.yaml")])
     assert read(*parse_sources(data_args.data_path, data_args.columns)) == ["a"]
 
 
@@ -310,7 +309,7 @@ def test_eager_lazy_and_packed_rows_are_drawn_by_weight(tiny_model, tmp_path, mo
     monkeypatch.setattr(tokenised, "SCAN", 5)
     words = ["--model_name_or_path", str(tiny_model), "--data_path", *weighted(tmp_path), *lazy]
     words += ["--model_max_length", "256"]
-    _, data_args, training_args, _ = finetune.parse(words)
+    _, data_args, training_args, _ = parse(words)
     encoder = ChatEncoder(transformers.AutoTokenizer.from_pretrained(tiny_model))
     dataset, _ = finetune.make_datasets(data_args, training_args, encoder)
     for epoch in (0, 1):
@@ -337,11 +336,10 @@ def test_eager_lazy_and_packed_rows_are_drawn_by_weight(tiny_model, tmp_path, mo
     ],
 )
 def test_weights_that_have_no_meaning_are_told_before_anything_is_read(more, told):
-    import finetune
 
     words = ["--model_name_or_path", "none", "--data_path", '{"path": "x", "weight": 1}', '{"path": "y", "weight": 1}']
     with pytest.raises(UserError) as error:
-        finetune.parse([*words, *more])
+        parse([*words, *more])
     assert told in str(error.value)
 
 

@@ -628,18 +628,44 @@ def test_text_that_a_template_cuts_from_an_answer_is_refused(tokenizer_of):
             encoder.encode({"messages": [user("Q"), said(answer)]})
 
 
-def test_a_template_that_ends_earlier_turns_otherwise_gets_a_document_for_each_turn(tokenizer_of):
+@pytest.fixture
+def gpt_oss(tokenizer_of):
     tokenizer = copy.deepcopy(tokenizer_of("qwen2_5"))
     tokenizer.chat_template = template("gptoss")
     names = ("start", "end", "message", "channel", "constrain", "return", "call")
     tokenizer.add_tokens([f"<|{name}|>" for name in names], special_tokens=True)
+    return tokenizer
+
+
+def test_a_template_that_ends_earlier_turns_otherwise_gets_a_document_for_each_turn(gpt_oss):
+    tokenizer = gpt_oss
     encoder = ChatEncoder(tokenizer)
     encoded = encoder.encode({"messages": [*PLAIN_THREE[1:], user("Thanks")]})
-    assert encoder.stop_token == "<|return|>" and encoded.notes == [Note.SPLIT]
+    assert encoder.stop_tokens == ["<|return|>", "<|call|>"] and encoded.notes == [Note.SPLIT]
     past = "<|start|>assistant<|channel|>final<|message|>A1<|end|><|start|>user<|message|>Q2<|end|><|start|>assistant"
     assert marked(tokenizer, encoded.documents[1]).endswith(past + "⟦<|channel|>final<|message|>A2<|return|>⟧")
     for i, document in zip((1, 3, 5), encoded.documents, strict=True):
         prompt = serve(tokenizer, "gptoss", {"messages": PLAIN_THREE[1:]}, i, prompt=True, tokenize=True)
+        assert document["input_ids"][: len(prompt)] == prompt
+
+
+def test_calls_and_thoughts_of_gpt_oss_are_learnt_up_to_the_tokens_that_end_them(gpt_oss):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        user("Q"), {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "T1"},
+        {"role": "tool", "content": "2"}, said("A", reasoning_content="T2"),
+    ]  # fmt: skip
+    described = {"name": "add", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": described}]
+    first, second = ChatEncoder(gpt_oss).encode({"messages": messages, "tools": tools}).documents
+    thought, header = (
+        "<|channel|>analysis<|message|>{}<|end|><|start|>assistant",
+        " to=functions.add<|channel|>commentary",
+    )
+    assert marked(gpt_oss, first).endswith(f'⟦{thought.format("T1")}{header} json<|message|>{{"a": 1}}<|call|>⟧')
+    assert marked(gpt_oss, second).endswith(f"⟦{thought.format('T2')}<|channel|>final<|message|>A<|return|>⟧")
+    for i, document in ((1, first), (3, second)):
+        prompt = serve(gpt_oss, "gptoss", {"messages": messages, "tools": tools}, i, prompt=True, tokenize=True)
         assert document["input_ids"][: len(prompt)] == prompt
 
 

@@ -181,11 +181,17 @@ def test_a_template_that_ends_tool_calls_otherwise_never_teaches_what_the_tool_s
     before, last, after = qwen.chat_template.partition(
         "</tool_call>' }}\n        {%- endfor %}\n        {{- '<|im_end|>"
     )
-    tokenizer.chat_template = before + last.replace("<|im_end|>", "<|endoftext|>") + after
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     messages = [
         TWO[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "42"}, TWO[1],
     ]  # fmt: skip
+    tokenizer.chat_template = before + last.replace("<|im_end|>", "<|endoftext|>") + after
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.stop_tokens == ["<|im_end|>", "<|endoftext|>"]
+    (document,) = encoder.encode({"messages": messages}).documents
+    called = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|endoftext|>'
+    assert learnt(qwen, document) == called + "Hello there 😀<|im_end|>"
+    tokenizer.chat_template = before + last.replace("<|im_end|>", "") + after
     with pytest.raises(ValueError, match="turn 2: the chat template does not end this turn with <.im_end.>"):
         ChatEncoder(tokenizer).encode({"messages": messages})
     messages[1] = {**messages[1], "train": False}

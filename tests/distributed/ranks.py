@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 tests/distributed/ranks.py jobs.json results.json
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -18,8 +19,9 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[level]) for level in (2, 1)]
 import finetune  # noqa: E402
+from helpers import parse  # noqa: E402
 from recipe import console, signals  # noqa: E402
 from recipe.distributed import engines, weights  # noqa: E402
 from recipe.model.experts import is_routed_weight  # noqa: E402
@@ -73,7 +75,7 @@ def engine(trainer):
 def built_twice(argv):
     """What a first building of TrainingArguments changes in the environment, and in what further ones differ from it."""
     before = dict(os.environ)
-    args = finetune.parse(argv)[2]
+    args = parse(argv)[2]
     first = dict(os.environ)
     facts = [
         [
@@ -85,7 +87,7 @@ def built_twice(argv):
             one.world_size,
             str(one.distributed_state.distributed_type),
         ]
-        for one in (args, finetune.parse(argv)[2], dataclasses.replace(args))
+        for one in (args, parse(argv)[2], dataclasses.replace(args))
     ]
     return {
         "environment": sorted(name for name in {**before, **first} if before.get(name) != first.get(name)),
@@ -121,6 +123,7 @@ def run(job):
 
 def main(jobs, results):
     done, todo = {}, json.loads(pathlib.Path(jobs).read_text())
+    gc.freeze()  # the libraries collect garbage in each training, and need not look through what was imported
     if any("signalled" in job for job in todo.values()):
         signals.watch()
     for name, job in todo.items():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import finetune
-from helpers import ROOT, ROWS, argv, write
+from helpers import ROOT, ROWS, argv, parse, write
 from recipe import command_line, launch
 from recipe.console import UserError
 from recipe.distributed import nodes
@@ -240,13 +240,13 @@ def test_finetune_understands_every_word(name, flags, tiny_model, tmp_path):
     got = flags(name, "-m", tiny_model, "-d", rows, "-o", tmp_path / "out", "--use_cpu", "True")
     for word in got:
         assert not word.endswith("config.json") and "ds_config" not in word or os.path.isfile(word.split("=")[-1])
-    model_args, data_args, training_args, lora_args = finetune.parse(got)
+    model_args, data_args, training_args, lora_args = parse(got)
     assert model_args.model_name_or_path == str(tiny_model)
     assert training_args.use_lora == ("lora" in name)
     assert lora_args.q_lora == ("qlora" in name)
     assert training_args.learning_rate == (3e-4 if "lora" in name else 1e-5)
     assert training_args.gradient_checkpointing is None  # by memory, once the model is loaded
-    assert finetune.parse([*got, "--learning_rate", "1e-4"])[2].learning_rate == 1e-4
+    assert parse([*got, "--learning_rate", "1e-4"])[2].learning_rate == 1e-4
 
 
 def test_an_edited_default_holds_through_a_launcher(tmp_path, case):

@@ -23,7 +23,7 @@ def test_a_failure_while_answering_leaves_the_model_as_it_was(tiny_model, monkey
 
     monkeypatch.setattr(model, "generate", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        answers.answer(model, encoder.tokenizer, asked, encoder.stop_id)
+        answers.answer(model, encoder.tokenizer, asked, encoder.stop_ids)
     assert model.training is training and model.config.to_dict() == config
     assert not model.get_output_embeddings()._forward_pre_hooks
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from helpers import ROWS, argv, history, write
+from helpers import ROWS, argv, history, parse, write
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import ChatEncoder
@@ -382,7 +382,7 @@ def test_a_metric_that_fails_on_an_answer_does_not_end_the_run(tiny_model, rows,
 def test_an_overflow_of_fp16_is_no_reason_to_stop_and_a_loss_that_is_not_finite_is(tiny_model, rows, tmp_path):
     trainer = finetune.RecipeTrainer(
         model=finetune.transformers.AutoModelForCausalLM.from_pretrained(tiny_model),
-        args=finetune.parse(argv(tiny_model, rows, tmp_path / "out"))[2],
+        args=parse(argv(tiny_model, rows, tmp_path / "out"))[2],
         save=finetune.safe_save_model_for_hf_trainer,
     )
     with pytest.raises(UserError, match="gradient norm inf"):
@@ -394,7 +394,7 @@ def test_an_overflow_of_fp16_is_no_reason_to_stop_and_a_loss_that_is_not_finite_
 
 
 def test_evaluating_outside_training_leaves_best_as_it_is(tiny_model, rows, tmp_path):
-    arguments = finetune.parse(argv(tiny_model, rows, tmp_path / "out", "--eval_data_path", rows))
+    arguments = parse(argv(tiny_model, rows, tmp_path / "out", "--eval_data_path", rows))
     tokenizer = finetune.pretrained(arguments[0], arguments[2]).tokenizer()
     arguments[2].model_max_length = 512
     _, evaluated = finetune.make_datasets(arguments[1], arguments[2], ChatEncoder(tokenizer))

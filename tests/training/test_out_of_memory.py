@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-import finetune
-from helpers import ROOT, ROWS, argv, write
+from helpers import ROOT, ROWS, argv, parse, write
 from recipe.console import UserError
 from recipe.training import checkpoints, out_of_memory, start_report
 
@@ -84,7 +83,7 @@ def test_the_flags_are_those_that_the_plan_finds_best(tiny_model, tmp_path, prep
 
     def best(*more):
         words = argv(tiny_model, rows, tmp_path / "out", "--gradient_checkpointing", "False", *more)
-        arguments = finetune.parse(words)
+        arguments = parse(words)
         found = start_report.remedies(prepared(words), torch.float32, arguments[3])
         assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
         return [flags for flags, _ in found]
@@ -106,4 +105,4 @@ def test_the_flags_are_those_that_the_plan_finds_best(tiny_model, tmp_path, prep
 def test_flags_of_transformers_that_would_do_worse_are_refused(tiny_model, tmp_path, flag, remedy):
     rows = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(UserError, match=remedy):
-        finetune.parse(argv(tiny_model, rows, tmp_path / "out", flag, "True"))
+        parse(argv(tiny_model, rows, tmp_path / "out", flag, "True"))

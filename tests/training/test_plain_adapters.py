@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
-from helpers import ROOT, ROWS, argv, history, run_ranks, write
+from helpers import ROOT, ROWS, argv, history, parse, run_ranks, write
 from recipe.console import UserError
 from recipe.dataset.encoding import ChatEncoder
 from recipe.model import loading
@@ -88,7 +88,7 @@ def test_an_adapter_that_was_not_converted_is_not_continued(tiny_model, data, tr
     (raw / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
     words = argv(tiny_model, data, tmp_path / "out", "--lora_weight_path", raw)
     with pytest.raises(UserError, match="raw/adapter_config.json: the adapter starts as pissa and belongs to a base"):
-        finetune.parse(words)
+        parse(words)
 
 
 @pytest.mark.slow

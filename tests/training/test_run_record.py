@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 import chat
 import finetune
-from helpers import ROWS, argv, history, write
+from helpers import ROWS, argv, history, parse, write
 from recipe import signals
 from recipe.console import UserError
 from recipe.training import checkpoints, model_card
@@ -240,6 +240,6 @@ def test_training_stops_when_the_held_out_loss_of_all_files_no_longer_falls(tiny
 def test_early_stopping_needs_something_to_evaluate(tiny_model, data, tmp_path):
     words = argv(tiny_model, data / "more.jsonl", tmp_path / "out", "--early_stopping_patience", 2)
     with pytest.raises(UserError, match="--early_stopping_patience needs .* add --eval_data_path or --eval_ratio"):
-        finetune.parse(words)
+        parse(words)
     with pytest.raises(UserError, match="--early_stopping_patience 0: expected a number of at least 1"):
-        finetune.parse([*words[:-1], "0", "--eval_ratio", "0.1"])
+        parse([*words[:-1], "0", "--eval_ratio", "0.1"])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finetune
-from helpers import ROOT, ROWS, argv, history, write
+from helpers import ROOT, ROWS, argv, history, parse, write
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import ChatEncoder
@@ -412,7 +412,7 @@ def test_every_flag_is_compared_or_left_out_on_purpose(tiny_model, data, tmp_pat
     added = dataclasses.make_dataclass(
         "LoraArguments", [("lora_new", int, dataclasses.field(default=3))], bases=(finetune.LoraArguments,)
     )
-    arguments = finetune.parse(argv(tiny_model, data, tmp_path, "--use_lora"))
+    arguments = parse(argv(tiny_model, data, tmp_path, "--use_lora"))
     tokenizer = finetune.pretrained(arguments[0], arguments[2]).tokenizer()
     dataset = finetune.SupervisedDataset(Conversations([str(data)]), ChatEncoder(tokenizer), 512)
     old = checkpoints.describe_run(*arguments, dataset)
@@ -445,7 +445,7 @@ def test_a_resumed_run_computes_in_the_precision_it_was_saved_in(tiny_model, dat
         words[words.index("--bf16") + 1] = precision
         finetune.train([*words, "--max_steps", "2"])
         del words[words.index("--bf16") : words.index("--bf16") + 2]
-        args = finetune.parse([*words, "--resume_from_checkpoint", "auto"])[2]
+        args = parse([*words, "--resume_from_checkpoint", "auto"])[2]
         assert (args.bf16, args.fp16) == (precision == "True", False)
 
 
