@@ -4,9 +4,9 @@
     python eval.py --model_name_or_path base-model output/demo output/demo/best --data_path data/validation.jsonl
 
 The model is asked for the last assistant turn of every conversation, given everything before it, in the prompt mode that
-its training saved beside it; it answers greedily and stops at its stop token. Prints and, with --output, writes the
-answers and three numbers: exact_match and valid_json (0 to 1) and eval_loss (mean over supervised tokens); of several
-models a table. `--metric file.py:function` adds `function(answer, reference, messages) -> float`.
+its training saved beside it; it answers greedily and stops at its stop token. Prints three numbers, exact_match and
+valid_json (0 to 1) and eval_loss (mean over supervised tokens), of several models a table; --output writes the answers,
+and --report a page that shows them side by side. `--metric file.py:function` adds `function(answer, reference, messages) -> float`.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="Prompts answered together. Default 16.")
     parser.add_argument("--metric", help="file.py:function, a measure of your own.")
     parser.add_argument("--output", help="File for the answers, one JSON object a line.")
+    parser.add_argument("--report", help="HTML file for the figures and the answers, side by side.")
     return parser.parse_args(argv)
 
 
@@ -45,16 +46,24 @@ def run(args: argparse.Namespace) -> None:
     from recipe.dataset.conversations import Conversations
     from recipe.training import answers
 
+    for path in filter(None, (args.output, args.report)):
+        try:
+            open(path, "a").close()  # before the models are loaded and have answered
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); name another file.") from None
     metric = answers.load_metric(args.metric) if args.metric else None
     source = Conversations(args.data_path)
     chosen = [source[i] for i in range(min(args.limit or len(source), len(source)))]
-    figures, lines = {}, []
+    figures: dict[str, dict[str, float]] = {}
+    lines, rows = list[dict[str, str]](), dict[tuple[str, str], dict[str, str]]()
     for name in dict.fromkeys(args.model_name_or_path):
         found = measure(name, chosen, metric, args)
         figures[name] = found.figures
         model = {"model": name} if len(args.model_name_or_path) > 1 else {}
         for text, question in zip(found.answers, found.questions, strict=True):
             lines.append({**model, "answer": text, "reference": question.reference})
+            first = {"prompt": question.messages[-1]["content"], "wanted": question.reference}
+            rows.setdefault((str(question.messages), question.reference), first)[name] = text
         for reason, count in found.left_out.items():
             print(f"{name}: {count} of {len(chosen)} conversations left out, {reason}", file=sys.stderr)
         gc.collect()  # the next model takes its place
@@ -62,6 +71,11 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if args.report:
+        from recipe.training import report_page
+
+        sides = [{**row, **{name: row.get(name, "(left out)") for name in figures}} for row in rows.values()]
+        report_page.write_answers(args.report, figures, sides)
 
 
 def measure(name: str, conversations: list, metric: Any, args: argparse.Namespace) -> "Measured":

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "deepspeed==0.19.8",
-#   "bitsandbytes==0.50.2", "datasets==5.2.0", "gguf==0.19.0", "matplotlib==3.11.2",
+#   "bitsandbytes==0.50.2", "datasets==5.2.0", "gguf==0.19.0", "matplotlib==3.11.2", "rich==15.0.0",
 # ]
 # ///
 """Fine-tune a chat model on a file of conversations: full, LoRA or 4-bit QLoRA, on a CPU, a GPU or many.

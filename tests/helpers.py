@@ -1,6 +1,7 @@
 """What several test files use: rows, command lines, reference computations, chat templates."""
 
 import copy
+import html.parser
 import importlib.resources
 import json
 import os
@@ -154,3 +155,25 @@ def run_ranks(folder, jobs, ranks):
     left = json.loads(results.read_text()) if results.exists() else {}
     failed = [result["traceback"] for result in left.values() if "error" in result]
     return {"folder": folder, "problem": "".join(failed) or done.returncode and done.stderr[-4000:], **left}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, what they refer to, and whether all that are opened are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.references, self.opened = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
+        if tag != "meta":
+            self.opened.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.opened.pop()
+
+    def handle_endtag(self, tag):
+        assert self.opened.pop() == tag

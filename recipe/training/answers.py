@@ -108,11 +108,13 @@ def answer(
     batch_size: int = 16,
     show_bar: bool = False,
     on_batch: Callable[[str], None] = lambda doing: None,
+    streamer: Any = None,
 ) -> list[str]:
     """Return greedy answers to Questions, as text without the stop token.
 
     Prompts of similar length share a batch, padded on the left and masked. `show_bar` shows progress in a terminal;
-    `on_batch` is called before each batch, with what is being done.
+    `on_batch` is called before each batch, with what is being done; a `transformers.TextStreamer` gets the tokens of a
+    single prompt as they are made.
     """
     prompt_ids = [question.prompt_ids for question in asked]
     answers = [""] * len(asked)
@@ -134,6 +136,7 @@ def answer(
                 temperature=None, top_p=None, top_k=None,  # the model's own sampling settings do not apply
                 eos_token_id=list(stop_ids),
                 pad_token_id=stop_ids[0],
+                streamer=streamer,
             )  # fmt: skip
             for i, new in zip(chosen, output[:, width:].tolist(), strict=True):
                 ids_of_answer = list(itertools.takewhile(lambda token: token not in stop_ids, new))

@@ -1,5 +1,6 @@
 """Draw a run from the Trainer's own log: loss.png beside the model, and the picture of report.html."""
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -51,11 +52,7 @@ def panels(log_history: list[dict[str, Any]], lengths: Sequence[int], max_length
         lengths: Tokens of each conversation.
         max_length: --model_max_length, beyond which conversations are not used whole.
     """
-    pyplot = _pyplot()
-    parts = ("text", "axes.label", "xtick", "ytick")
-    ink = {"axes.edgecolor": INK, **{f"{part}color" if "." in part else f"{part}.color": INK for part in parts}}
-    with pyplot.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "report", "legend.framealpha": 0}):
-        figure, grid = pyplot.subplots(3, 2, figsize=(10, 9), gridspec_kw=MARGINS)
+    with _picture(3, 2) as (grid, text):
         first, *others, last = grid.flat
         _losses(first, log_history)
         for axes, (key, label) in zip(others, PANELS.items(), strict=True):
@@ -66,12 +63,41 @@ def panels(log_history: list[dict[str, Any]], lengths: Sequence[int], max_length
         if max_length <= 1.5 * lengths.max():
             last.axvline(max_length, linestyle="--")
         last.set(xlabel="tokens of a conversation", ylabel="conversations")
+    return _of_any_colour(text)
+
+
+def overlaid(logs: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a picture with the losses of several runs on the same axes, as SVG for a page of any colour.
+
+    Args:
+        logs: {name of a run: entries of the Trainer's log}.
+    """
+    with _picture(2, 1) as (grid, text):
+        for axes, (key, (style, label)) in zip(grid.flat, LOSSES.items(), strict=True):
+            for name, log_history in logs.items():
+                _curve(axes, log_history, key, style, name)
+            _loss_axis(axes, f"{label}: loss per supervised token (nats)")
+    return _of_any_colour(text)
+
+
+@contextlib.contextmanager
+def _picture(rows, columns):
+    """Give the axes of a picture, and a buffer that holds it as SVG afterwards."""
+    pyplot = _pyplot()
+    parts = ("text", "axes.label", "xtick", "ytick")
+    ink = {"axes.edgecolor": INK, **{f"{part}color" if "." in part else f"{part}.color": INK for part in parts}}
+    with pyplot.rc_context({**ink, "svg.fonttype": "none", "svg.hashsalt": "report", "legend.framealpha": 0}):
+        figure, grid = pyplot.subplots(rows, columns, figsize=(10, 9), gridspec_kw=MARGINS)
+        text = io.StringIO()
+        yield grid, text
         for axes in grid.flat:
             axes.grid(alpha=0.3)
             axes.patch.set_alpha(0)
-        text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
+
+
+def _of_any_colour(text):
     svg = text.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
@@ -86,15 +112,19 @@ def _pyplot():
 
 
 def _losses(axes, log_history):
-    from matplotlib import ticker
-
     for key, (style, label) in LOSSES.items():
         _curve(axes, log_history, key, style, label)
-    axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", yscale="log")
+    _loss_axis(axes, "loss per supervised token (nats)")
+    axes.grid(alpha=0.3)
+
+
+def _loss_axis(axes, label):
+    from matplotlib import ticker
+
+    axes.set(xlabel="optimizer step", ylabel=label, yscale="log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
 

@@ -1,4 +1,4 @@
-"""Write report.html: a run on one page, without a network, a script or another file."""
+"""Write report.html, a run on one page, and pages that compare models or runs: no network, script or other file."""
 
 import html
 import json
@@ -16,7 +16,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto
   background: var(--back); color: var(--text); }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td, th { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0;
-  text-align: left; vertical-align: top }
+  text-align: left; vertical-align: top; white-space: pre-wrap }
 pre { background: var(--code); padding: .6rem; overflow-x: auto; white-space: pre-wrap }
 svg { width: 100%; height: auto; color: var(--text) }
 """
@@ -57,10 +57,56 @@ def write(
         f"<pre>python finetune.py {_escaped(os.path.join(folder, 'run.yaml'))}</pre>",
         _table({"set by the user": ", ".join(f"--{name} {_value(facts, name)}" for name in facts["set_by_user"])}),
     ]
+    _write_page(os.path.join(folder, FILE), title, parts)
+
+
+def write_answers(path: str, figures: dict[str, dict[str, float]], rows: list[dict[str, str]]) -> None:
+    """Write a page with the figures of models and their answers side by side.
+
+    Args:
+        path: file to write.
+        figures: {model: {figure: value}}.
+        rows: one for each prompt: {"prompt": ..., "wanted": ..., and each model: its answer}.
+    """
+    names = list(next(iter(figures.values())))
+    measured = [[model, *(f"{values[name]:.4f}" for name in names)] for model, values in figures.items()]
+    answers = [list(row.values()) for row in rows]
+    parts = [_grid(["model", *names], measured), "<h2>Answers</h2>", _grid(list(rows[0]), answers)]
+    _write_page(path, "Answers of " + ", ".join(figures), ["<h1>Answers</h1>", *parts])
+
+
+def write_comparison(path: str, runs: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, Any]]]) -> None:
+    """Write a page with the facts of several runs and their curves in one picture.
+
+    Args:
+        path: file to write.
+        runs: {folder: facts of `RunRecord`}.
+        logs: {folder: entries of the Trainer's log}.
+    """
+    summaries = {folder: {**_changed(facts, runs), **_summary(facts)} for folder, facts in runs.items()}
+    names = list(dict.fromkeys(name for summary in summaries.values() for name in summary))
+    rows = [[name, *(summary.get(name, "") for summary in summaries.values())] for name in names]
+    parts = ["<h1>Runs</h1>", _grid(["", *runs], rows), "<h2>Curves</h2>", curves.overlaid(logs)]
+    _write_page(path, "Runs " + ", ".join(runs), parts)
+
+
+def _changed(facts, runs):
+    """The flags that are not the same in all runs."""
+    of_all = [other["arguments"] for other in runs.values()]
+    own = facts["arguments"]
+    return {f"--{name}": own[name] for name in own if any(other.get(name) != own[name] for other in of_all)}
+
+
+def _write_page(path, title, parts):
     head = f'<meta charset="utf-8"><title>{_escaped(title)}</title><style>{STYLE}</style>'
     page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(page)
+
+
+def _grid(head, rows):
+    body = "".join("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{_escaped(cell)}</th>' for cell in head)}</tr>{body}</table>"
 
 
 def _summary(facts):
@@ -81,11 +127,8 @@ def _evaluations(evaluations):
     if not evaluations:
         return []
     names = list(dict.fromkeys(name for entry in evaluations for name in entry))
-    cells = ([f"{entry[name]:.5g}" if name in entry else "" for name in names] for entry in evaluations)
-    rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in cells]
-    head = "".join(f"<th>{_escaped(name)}</th>" for name in names)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return ["<h2>Evaluations</h2>", f"<table><tr>{head}</tr>{body}</table>"]
+    rows = ([f"{entry[name]:.5g}" if name in entry else "" for name in names] for entry in evaluations)
+    return ["<h2>Evaluations</h2>", _grid(names, rows)]
 
 
 def _value(facts, name):

@@ -235,7 +235,7 @@ def test_the_key_holds_the_code_of_all_modules_of_the_room_and_no_comments(tmp_p
     codes.append(code_of(tmp_path))
     (folder / "a_helper_that_was_moved.py").write_text("SHARE = 2")
     codes.append(code_of(tmp_path))
-    encoding = (folder / "encoding.py").read_text()
-    (folder / "encoding.py").write_text(encoding.replace("IGNORE_INDEX = -100", "IGNORE_INDEX = -101"))
+    rendering = (folder / "rendering.py").read_text()
+    (folder / "rendering.py").write_text(rendering.replace("IGNORE_INDEX = -100", "IGNORE_INDEX = -101"))
     codes.append(code_of(tmp_path))
     assert len(set(codes)) == 4

@@ -229,11 +229,20 @@ def test_the_block_counts_rows_tokens_and_parameters(tiny_model, tmp_path, capsy
 def test_rope_scaling_stretches_the_window_and_is_saved(tiny_model, rows, tmp_path):
     with pytest.raises(UserError, match="4096 exceeds the model's window of 2048 positions.*--rope_scaling yarn"):
         finetune.train(argv(tiny_model, rows, tmp_path / "out", "--model_max_length", 4096))
+    beyond = write(tmp_path / "beyond.jsonl", [{"prompt": "long " * 1500, "completion": "word " * 1000}])
+    options = ["--model_max_length", 4096, "--overlong", "error", "--learning_rate", 0, "--max_steps", 1]
+    ids = torch.arange(3000)[None] % 900
     for kind in ("yarn", "linear", "dynamic"):
         out = tmp_path / kind
-        finetune.train(argv(tiny_model, rows, out, "--model_max_length", 4096, "--rope_scaling", kind))
-        rope = json.loads((out / "config.json").read_text())["rope_parameters"]
-        assert (rope["rope_type"], rope["factor"]) == (kind, 2.0)
+        finetune.train(argv(tiny_model, beyond, out, *options, "--rope_scaling", kind))
+        config = finetune.transformers.AutoConfig.from_pretrained(tiny_model)
+        config.rope_parameters |= {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 2048}
+        load = finetune.transformers.AutoModelForCausalLM.from_pretrained
+        with torch.no_grad():
+            found = load(out, dtype=torch.float32)(ids).logits
+            expected = load(tiny_model, config=config, dtype=torch.float32)(ids).logits
+            plain = load(tiny_model, dtype=torch.float32)(ids).logits
+        assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
 
 
 def test_a_model_whose_files_lack_weights_is_refused(tiny_copy, rows, tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import html.parser
 import io
 import json
 import os
@@ -16,7 +15,7 @@ from huggingface_hub import ModelCard
 
 import chat
 import finetune
-from helpers import ROWS, argv, history, parse, write
+from helpers import ROWS, Page, argv, history, parse, write
 from recipe import signals
 from recipe.console import UserError
 from recipe.training import checkpoints, model_card
@@ -168,28 +167,6 @@ def test_a_run_that_fails_says_why(tiny_model, data, tmp_path, monkeypatch, erro
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The page
-
-
-class Page(html.parser.HTMLParser):
-    """Collects tags, what they refer to, and whether all that are opened are closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.references, self.opened = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
-        if tag != "meta":
-            self.opened.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.opened.pop()
-
-    def handle_endtag(self, tag):
-        assert self.opened.pop() == tag
 
 
 def test_the_page_needs_no_network_and_no_script(ran):
