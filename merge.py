@@ -5,12 +5,13 @@
 The base's files are read tensor by tensor, so merging takes little main memory, and what was not trained is copied to
 the byte. An adapter trained with --q_lora is merged into the base in 16 bits. The proof compares logits of the adapter
 and of the merged folder on a few prompts, in float32, where that fits into main memory. If they differ, nothing is
-written. The difference that rounding makes is printed.
+written. The difference that rounding makes is printed. --gguf converts the merged model for llama.cpp and Ollama.
 """
 
 import argparse
 
 from recipe import console, signals
+from recipe.console import UserError
 
 
 def parse() -> argparse.Namespace:
@@ -25,6 +26,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="Precision. Default: that of the base model."
     )
+    parser.add_argument("--gguf", help="GGUF file to convert the merged model into, with Ollama's Modelfile beside it.")
+    parser.add_argument("--llama_cpp", help="Folder with the source of llama.cpp, whose converter --gguf runs.")
     parser.add_argument("--trust_remote_code", **switch, help="Run code that comes with the model. Default False.")
     parser.add_argument("--cache_dir", help="Folder for downloaded models. Default: the hub's own.")
     return parser.parse_args()
@@ -39,11 +42,18 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from finetune import nf4
+    from recipe.training import gguf
     from recipe.training.merging import merge
 
+    if bool(args.gguf) != bool(args.llama_cpp):
+        raise UserError("--gguf and --llama_cpp belong together: a file to write, and llama.cpp's source folder.")
+    program = gguf.converter(args.llama_cpp) if args.gguf else None  # before the merge
     dtype = getattr(torch, args.dtype) if args.dtype else None
     difference = merge(args.adapter, args.output, dtype, args.base, args.cache_dir, args.trust_remote_code, nf4)
     print(f"{args.output}: merged; logits differ from the adapter's by {difference:.1e}")
+    if program:
+        gguf.convert(args.output, args.gguf, program)
+        print(f"{args.gguf}: converted; for Ollama: ollama create NAME -f {gguf.beside(args.gguf)}")
 
 
 def main() -> None:
