@@ -329,7 +329,7 @@ def load_adapter(
             saved = set(load_peft_weights(folder, device="cpu", cache_dir=cache_dir, key_mapping=mapping))
             _name_whole_model(config, model, saved)
         options |= {"is_trainable": is_trainable, "config": config, "key_mapping": mapping, "cache_dir": cache_dir}
-        options["low_cpu_mem_usage"] = model.device.type == "meta"  # else they would be copied, into nothing
+        options.setdefault("low_cpu_mem_usage", model.device.type == "meta")  # else they would be copied, into nothing
         with experts.whole_shapes(model):
             adapted = PeftModel.from_pretrained(model, folder, **options)
     placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))

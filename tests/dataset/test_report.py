@@ -39,13 +39,15 @@ def test_dump_tokens_writes_what_would_be_trained(tiny_model, rows, tmp_path):
 
 
 @pytest.mark.slow
-def test_validate_only_reads_everything_without_weights_and_ends_with_a_verdict(tiny_copy, rows, tmp_path, capsys):
-    (tiny_copy / "model.safetensors").unlink()
-    finetune.train(argv(tiny_copy, rows, tmp_path / "out", "--validate_only"))
+def test_validate_only_reads_everything_but_the_weights_and_ends_with_a_verdict(
+    tiny_model, rows, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the weights are loaded"))
+    finetune.train(argv(tiny_model, rows, tmp_path / "out", "--validate_only"))
     said = capsys.readouterr().out
     assert "8 read from" in said and "verdict: the data can be trained" in said
     broken = write(tmp_path / "broken.jsonl", [*ROWS, {"messages": [{"role": "user", "content": None}]}])
-    command = [sys.executable, "finetune.py", *argv(tiny_copy, broken, tmp_path / "out", "--validate_only")]
+    command = [sys.executable, "finetune.py", *argv(tiny_model, broken, tmp_path / "out", "--validate_only")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "record 9 (line 9), turn 1" in done.stderr and "Traceback" not in done.stderr
 
