@@ -33,7 +33,7 @@ DELTA = {
 }
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": SIZES,
+    "qwen2": {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64},
     "qwen3": SIZES,
     "qwen3_5_text": {**SIZES, **DELTA},
     "qwen3_5": {**SIZES, **DELTA},
@@ -42,17 +42,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 PROMPT = list(range(5, 45))  # ids of the small tokenizer
 RANK = 16
-# vLLM imports torchvision for vision checkpoints, whose wheel needs operators that torch for CPUs lacks.
-SERVER = """
-import json, os, sys
+# For every process of vLLM, which imports torchvision, torchaudio and torchcodec where they are: their wheels need
+# operators and libraries that torch for CPUs lacks.
+EVERYWHERE = """
+import os, sys
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
+sys.modules.update(torchaudio=None, torchcodec=None)
 import torch
 library = torch.library.Library("torchvision", "DEF")
+image = "Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width"
 for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
                "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-               "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, int sampling_ratio, bool aligned) -> Tensor",
-               "roi_pool(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width) -> (Tensor, Tensor)"):
+               f"roi_align({image}, int sampling_ratio, bool aligned) -> Tensor",
+               f"roi_pool({image}) -> (Tensor, Tensor)"):
     library.define(schema)
+"""
+SERVER = """
+import json, sys
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
@@ -88,7 +94,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         for name in args.families:
-            result = compare(name, (args.work or pathlib.Path(temporary)) / name, args.python)
+            try:
+                result = compare(name, (args.work or pathlib.Path(temporary)) / name, args.python)
+            except RuntimeError as error:  # the others are tried all the same
+                print(f"{name}: {error}", flush=True)
+                continue
             with open(RESULTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             print(json.dumps(result, indent=2), flush=True)
@@ -113,7 +123,7 @@ def compare(name: str, folder: pathlib.Path, python: str) -> dict[str, Any]:
     tokenizer = families.small_tokenizer(folder / "tokenizer")
     base = families.family(name, folder / "base", tokenizer, torch.bfloat16, **FAMILIES[name])
     adapter, merged = folder / "adapter", folder / "merged"
-    strong = ["--learning_rate", "1e-2", "--lora_r", RANK, "--lora_alpha", 64, "--lora_dropout", 0, "--max_steps", 20]
+    strong = ["--learning_rate", "3e-2", "--lora_r", RANK, "--lora_alpha", 128, "--lora_dropout", 0, "--max_steps", 40]
     finetune.train(argv(base, write(folder / "rows.jsonl", ROWS), adapter, *strong))
     merge(str(adapter), str(merged), dtype=torch.bfloat16)
     plain = {"base": score(base), "adapter": score(adapter), "merged": score(merged)}
@@ -153,10 +163,13 @@ def serve(python: str, folder: pathlib.Path, job: dict[str, Any]) -> dict[str, f
     """Sum the log-probabilities of the prompt, computed by vLLM in a process of its own."""
     (folder / "job.json").write_text(json.dumps({**job, "prompt": PROMPT}, default=str))
     (folder / "server.py").write_text(SERVER)
+    (folder / "sitecustomize.py").write_text(EVERYWHERE)
     words = [python, folder / "server.py", folder / "job.json", folder / "found.json"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)}
+    )
     if done.returncode:
-        raise SystemExit(f"vLLM ended with {done.returncode}: {(done.stdout + done.stderr)[-6000:]}")
+        raise RuntimeError(f"vLLM ended with {done.returncode}: {(done.stdout + done.stderr)[-20000:]}")
     return json.loads((folder / "found.json").read_text())
 
 

@@ -19,11 +19,13 @@ import sys
 import time
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[i]) for i in (2, 1)]
+from recipe import console, signals  # noqa: E402
+
+console.configure_libraries()  # as the program does, before the libraries are imported
 import transformers  # noqa: E402
 
 import finetune  # noqa: E402
 from helpers import call_back  # noqa: E402
-from recipe import console, signals  # noqa: E402
 
 
 class Signal(transformers.TrainerCallback):

@@ -42,11 +42,11 @@ def test_the_announced_steps_are_those_of_the_trainer(tiny_model, tmp_path, caps
     assert len(history(out, "loss")) == total
 
 
-def test_rows_that_fill_no_batch_are_refused_before_the_model_loads(tiny_copy, tmp_path):
-    (tiny_copy / "model.safetensors").unlink()
+def test_rows_that_fill_no_batch_are_refused_before_the_model_loads(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the weights are loaded"))
     data = write(tmp_path / "rows.jsonl", ROWS)
     words = argv(
-        tiny_copy, data, tmp_path / "out", "--per_device_train_batch_size", 9, "--dataloader_drop_last", "True"
+        tiny_model, data, tmp_path / "out", "--per_device_train_batch_size", 9, "--dataloader_drop_last", "True"
     )
     with pytest.raises(UserError, match="8 rows do not fill one batch of 9 rows on each of 1 ranks"):
         finetune.train(words)
