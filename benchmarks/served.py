@@ -3,6 +3,7 @@
     VENV=.venv-vllm ./setup.sh benchmarks/vllm.txt
     python benchmarks/served.py                # all families, some minutes on two cores
     python benchmarks/served.py qwen3_5 --work /tmp/served
+    python benchmarks/served.py table          # what docs/outputs.md shows
 
 For each family a small random checkpoint is trained for some steps with an adapter and merged. Both programs then
 compute the log-probabilities of a fixed prompt with the base, with the adapter and with the merged folder. An adapter
@@ -88,10 +89,13 @@ if __name__ == "__main__":
 def main() -> None:
     """Compare the families of the command line, or all, and append a line for each to the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), help=f"some of {', '.join(FAMILIES)}")
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), help=f"some of {', '.join(FAMILIES)}; or table")
     parser.add_argument("--python", default=str(ROOT / ".venv-vllm" / "bin" / "python"), help="Python with vLLM")
     parser.add_argument("--work", type=pathlib.Path, help="folder for models; a temporary one by default")
     args = parser.parse_args()
+    if args.families == ["table"]:
+        print(table())
+        return
     with tempfile.TemporaryDirectory() as temporary:
         for name in args.families:
             try:
@@ -102,6 +106,23 @@ def main() -> None:
             with open(RESULTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             print(json.dumps(result, indent=2), flush=True)
+
+
+def table() -> str:
+    """Return the newest result of each family as a Markdown table."""
+    with open(RESULTS, encoding="utf-8") as file:
+        newest = {line["family"]: line for line in map(json.loads, file)}
+    rows = [
+        "| family | effect of the adapter, transformers | vLLM | merged less adapter, vLLM |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, line in sorted(newest.items()):
+        merged = line["vllm"]["merged"] - line["vllm"]["adapter"]
+        rows.append(f"| {name} | {line['effect_transformers']:+.2f} | {line['effect_vllm']:+.2f} | {merged:+.2f} |")
+    versions = sorted({(line["versions"]["vllm"], line["versions"]["transformers"]) for line in newest.values()})
+    used = "; ".join(f"vLLM {vllm}, transformers {transformers}" for vllm, transformers in versions)
+    last = max(line["date"] for line in newest.values())
+    return "\n".join([*rows, "", f"{used}, bfloat16 on a CPU, {last}."])
 
 
 def compare(name: str, folder: pathlib.Path, python: str) -> dict[str, Any]:

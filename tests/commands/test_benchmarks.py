@@ -46,8 +46,8 @@ def test_variants_start_from_the_same_loss_and_are_tabulated(tmp_path):
     assert f"| padded | {slower:,.0f}, {speed / slower:.1f} x slower, " in output("bench.py", "table", *where)
 
 
-@pytest.mark.parametrize("program", ["bench.py", "lengths.py"])
-def test_the_tables_in_the_readme_are_those_of_the_results(program):
+@pytest.mark.parametrize("program", ["bench.py", "lengths.py", "served.py"])
+def test_the_tables_in_the_documents_are_those_of_the_results(program):
     assert output(program, "table") in DOCUMENTS
 
 

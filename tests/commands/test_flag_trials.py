@@ -1,9 +1,14 @@
 """What a flag needs late is tried before the data is read: one sentence that names the flag."""
 
+import dataclasses
+import enum
 import os
 import re
+import typing
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import finetune
 from helpers import ROWS, argv, parse, write
@@ -27,6 +32,9 @@ WRONG = {  # words -> the sentence
     "--init_lora_weights pisa": r"--init_lora_weights pisa: expected true, false",
     "--init_lora_weights orthogonal --lora_r 3": r"expected an even --lora_r, not 3",
     "--trainable_token_indices -1 --use_lora": r"--trainable_token_indices -1: expected ids",
+    "--dataloader_persistent_workers True": r"--dataloader_num_workers 0 --dataloader_persistent_workers True: ",
+    "--dataloader_num_workers 2 --dataloader_prefetch_factor -1": r"--dataloader_prefetch_factor -1: ",
+    "--eval_on_start True": r"--eval_on_start is set but there is nothing to evaluate; add --eval_data_path",
     "--push_to_hub True": r"--push_to_hub: there is no token of the hub",
 }
 
@@ -69,3 +77,66 @@ def test_every_schedule_passes_or_is_refused_by_its_name(tiny_model, tmp_path, n
         flag_trials.try_flags(*parse(words))
     except UserError as error:
         assert re.match(rf"(--)?lr_scheduler_type {name}\W", str(error))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any flags
+
+
+FIELDS = {
+    field.name: typing.get_type_hints(kind)[field.name]
+    for kind in finetune.ARGUMENTS
+    for field in dataclasses.fields(kind)
+    if field.init
+}
+# They name files, folders and servers, make a run long, or end it before it trains.
+FIXED = """model_name_or_path data_path output_dir push_to_hub hub_token hub_model_id local_rank debug ddp_timeout max_steps
+    stall_minutes num_train_epochs preview dump_tokens validate_only torch_compile torch_compile_backend
+    torch_compile_mode report_to""".split()
+WORDS = [
+    "0",
+    "1",
+    "-1",
+    "nan",
+    "",
+    "x",
+    "True",
+    "no",
+    "steps",
+    "{}",
+    '{"a": 1}',
+    "[1]",
+    "a=b",
+    "/nowhere",
+    "q_proj",
+    "lm_head",
+]
+
+
+def values(kind):
+    """Values of a type that are right, or not far from it."""
+    if typing.get_origin(kind) is typing.Literal:
+        return list(map(str, typing.get_args(kind)))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [str(member.value) for member in kind]
+    if typing.get_args(kind) and typing.get_origin(kind) not in (list, dict):
+        return [value for part in typing.get_args(kind) for value in values(part)]
+    numbers = {bool: ["True", "False"], int: ["0", "1", "2", "7", "100"], float: ["0", "0.1", "0.5", "1", "2", "1e-4"]}
+    return numbers.get(kind, WORDS)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flags_train_or_are_one_sentence_before_the_weights_load(tiny_model, tmp_path_factory, data, monkeypatch):
+    folder = tmp_path_factory.mktemp("flags")
+    rows = write(folder / "rows.jsonl", ROWS)
+    names = data.draw(st.lists(st.sampled_from(sorted(set(FIELDS) - set(FIXED))), min_size=1, max_size=3, unique=True))
+    words = [word for name in names for word in (f"--{name}", data.draw(st.sampled_from(values(FIELDS[name]))))]
+    words += data.draw(st.sampled_from([[], ["--use_lora"], ["--eval_data_path", str(rows)]]))
+    command = argv(tiny_model, rows, folder / "out", *words, "--max_steps", 1, "--report_to", "none")
+    try:
+        finetune.train([*command, "--validate_only"])
+    except UserError as error:
+        assert str(error) and not (folder / "out").exists()
+    else:
+        finetune.train(command)  # and nothing is found out too late
