@@ -13,6 +13,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from recipe import command_line
 from recipe.command_line import Bounds
 from recipe.console import UserError, say
+from recipe.dataset.conversations import named_sources
 from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines
 from recipe.model.loading import Pretrained, adapter_config, refuse_changed_base
@@ -192,11 +193,18 @@ def _evaluation(data_args: Any, training_args: Any, named: dict[str, Any]) -> No
     if data_args.metric:
         load_metric(data_args.metric)
     remedy = "add --eval_data_path or --eval_ratio."
-    if training_args.early_stopping_patience:
+    best = {
+        "early_stopping_patience": bool(training_args.early_stopping_patience),
+        "save_strategy best": training_args.save_strategy == "best",
+        "load_best_model_at_end": training_args.load_best_model_at_end,
+    }
+    if any(best.values()):
         if not something or training_args.eval_strategy == "no":
-            raise UserError(f"--early_stopping_patience needs evaluations in the course of training; {remedy}")
+            flag = next(flag for flag, given in best.items() if given)
+            raise UserError(f"--{flag} needs evaluations in the course of training; {remedy}")
         if training_args.metric_for_best_model is None:
             training_args.metric_for_best_model, training_args.greater_is_better = "eval_loss", False
+        _refuse_unknown_figure(training_args.metric_for_best_model, data_args)
     if training_args.eval_on_start and not something:
         raise UserError(f"--eval_on_start is set but there is nothing to evaluate; {remedy}")
     if data_args.eval_generate and not something:
@@ -206,3 +214,15 @@ def _evaluation(data_args: Any, training_args: Any, named: dict[str, Any]) -> No
             raise UserError(f"--eval_strategy is set but there is nothing to evaluate; {remedy}")
         say("there is nothing to evaluate: training without evaluation; see --eval_data_path and --eval_ratio.")
         training_args.eval_strategy, training_args.do_eval = IntervalStrategy.NO, False
+
+
+def _refuse_unknown_figure(name: str, data_args: Any) -> None:
+    """Check that evaluations have the figure by which they are compared."""
+    files = [*named_sources(parse_sources(data_args.eval_data_path or []))] or ["held_out"]
+    known = ["loss", *(f"{file}_loss" for file in files)]
+    if data_args.eval_generate:
+        known += ["exact_match", "valid_json"]
+        known += [load_metric(data_args.metric).__name__] if data_args.metric else []
+    if name.removeprefix("eval_") not in known:
+        expected = ", ".join(f"eval_{figure}" for figure in known)
+        raise UserError(f"--metric_for_best_model {name}: expected {expected}.")
