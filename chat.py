@@ -112,7 +112,8 @@ def talk(args: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    screen, interactive = Console(highlight=False), sys.stdin.isatty()
+    screen, interactive = Console(highlight=False, emoji=False), sys.stdin.isatty()
+    commands = {command.split()[0] for command in COMMANDS}
     if interactive:
         with contextlib.suppress(ImportError):  # line editing and a history of what was typed
             import readline  # noqa: F401
@@ -125,10 +126,14 @@ def talk(args: argparse.Namespace) -> None:
             text = screen.input("[bold]> [/bold]") if interactive else input()
         except (EOFError, KeyboardInterrupt):
             return
-        if not text.strip() or text.startswith("/"):
+        if not text.strip() or text.split()[0] in commands or (interactive and text.startswith("/")):
             screen.print(f"({_obey(text, chats)})", style="dim", markup=False)
-        elif not _answer(text, chats, screen):
-            screen.print("(the prompt reaches --model_max_length; an empty line starts anew)", style="dim")
+            continue
+        try:
+            if not _answer(text, chats, screen):
+                screen.print("(the prompt reaches --model_max_length; an empty line starts anew)", style="dim")
+        except KeyboardInterrupt:
+            screen.print("\n(stopped; the turn is forgotten)", style="dim")
 
 
 def _answer(text: str, chats: list[Chat], screen: Any) -> bool:
@@ -137,8 +142,8 @@ def _answer(text: str, chats: list[Chat], screen: Any) -> bool:
     from rich.text import Text
 
     if len(chats) == 1:
-        reply = chats[0].answer(text, _streamer(chats[0].tokenizer, screen))
-        screen.print()
+        reply = chats[0].answer(text, _streamer(chats[0]))
+        print()
         return reply is not None
     replies = [chat.answer(text) for chat in chats]
     table = Table(*(chat.name for chat in chats), expand=True)
@@ -147,15 +152,17 @@ def _answer(text: str, chats: list[Chat], screen: Any) -> bool:
     return None not in replies
 
 
-def _streamer(tokenizer: Any, screen: Any) -> Any:
+def _streamer(chat: Chat) -> Any:
     """Return what prints an answer word by word."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            screen.print(text, end="", markup=False, soft_wrap=True)
+            for token in chat.encoder.stop_tokens if stream_end else ():
+                text = text.removesuffix(token)
+            print(text, end="", flush=True)
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Streamer(chat.tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)
 
 
 def _obey(text: str, chats: list[Chat]) -> str:

@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
     if args.report:
         from recipe.training import report_page
 
-        sides = [{**row, **{name: row.get(name, "(left out)") for name in figures}} for row in rows.values()]
+        columns = ["prompt", "wanted", *figures]
+        sides = [{name: row.get(name, "(left out)") for name in columns} for row in rows.values()]
         report_page.write_answers(args.report, figures, sides)
 
 

@@ -182,8 +182,6 @@ class LoraArguments:
         "Ids of tokens whose embeddings are trained; for a base model new to the template's control tokens.")
 
 # fmt: on
-
-
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -374,7 +372,9 @@ def rehearse_loading(
 ) -> None:  # fmt: skip
     """Load the model and its adapter without their numbers: a UserError if files are damaged or flags do not fit."""
     sharded = engines.engine_of(training_args).shards_weights
-    lora_args.q_lora |= quantised.prepare(config, model_args.model_name_or_path, training_args, sharded)
+    lora_args.q_lora = quantised.prepare(config, training_args, lora_args.q_lora, sharded)
+    if model_args.trust_remote_code and not sharded:
+        return  # a model's own code may not bear it
     with engines.whole_models(training_args):
         model = pretrained(model_args, training_args).skeleton(config)
         engines.settle_loading(training_args, model, loading.buffers_in_files(model))

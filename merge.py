@@ -9,6 +9,7 @@ written. The difference that rounding makes is printed. --gguf converts the merg
 """
 
 import argparse
+import os
 
 from recipe import console, signals
 from recipe.console import UserError
@@ -47,13 +48,15 @@ def run(args: argparse.Namespace) -> None:
 
     if bool(args.gguf) != bool(args.llama_cpp):
         raise UserError("--gguf and --llama_cpp belong together: a file to write, and llama.cpp's source folder.")
+    if args.gguf and os.path.realpath(args.gguf).startswith(os.path.join(os.path.realpath(args.output), "")):
+        raise UserError(f"--gguf {args.gguf}: lies in the folder of --output, which a second merge would refuse.")
     program = gguf.converter(args.llama_cpp) if args.gguf else None  # before the merge
     dtype = getattr(torch, args.dtype) if args.dtype else None
     difference = merge(args.adapter, args.output, dtype, args.base, args.cache_dir, args.trust_remote_code, nf4)
     print(f"{args.output}: merged; logits differ from the adapter's by {difference:.1e}")
     if program:
-        gguf.convert(args.output, args.gguf, program)
-        print(f"{args.gguf}: converted; for Ollama: ollama create NAME -f {gguf.beside(args.gguf)}")
+        gguf.convert(args.output, args.gguf, program, args.trust_remote_code)
+        print(f"{args.gguf}: converted; for Ollama: ollama create NAME -f {gguf.modelfile_of(args.gguf)}")
 
 
 def main() -> None:

@@ -204,6 +204,7 @@ def _evaluation(data_args: Any, training_args: Any, named: dict[str, Any]) -> No
             raise UserError(f"--{flag} needs evaluations in the course of training; {remedy}")
         if training_args.metric_for_best_model is None:
             training_args.metric_for_best_model, training_args.greater_is_better = "eval_loss", False
+    if training_args.metric_for_best_model and something:
         _refuse_unknown_figure(training_args.metric_for_best_model, data_args)
     if training_args.eval_on_start and not something:
         raise UserError(f"--eval_on_start is set but there is nothing to evaluate; {remedy}")
@@ -218,8 +219,8 @@ def _evaluation(data_args: Any, training_args: Any, named: dict[str, Any]) -> No
 
 def _refuse_unknown_figure(name: str, data_args: Any) -> None:
     """Check that evaluations have the figure by which they are compared."""
-    files = [*named_sources(parse_sources(data_args.eval_data_path or []))] or ["held_out"]
-    known = ["loss", *(f"{file}_loss" for file in files)]
+    files = list(named_sources(parse_sources(data_args.eval_data_path or [])))
+    known = ["loss", *(f"{file}_loss" for file in files if len(files) > 1)]
     if data_args.eval_generate:
         known += ["exact_match", "valid_json"]
         known += [load_metric(data_args.metric).__name__] if data_args.metric else []

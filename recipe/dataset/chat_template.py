@@ -116,8 +116,8 @@ class ChatTemplate:
         self.stops_earlier_turns = earlier.lstrip().startswith(self.stop_token)
         self.call_stop_token = self.stop_token
         with contextlib.suppress(TemplateError, TypeError):
-            after = self.render([user, _CALLS]).rpartition(_PROBE)[2]
-            if self.stop_token not in after and (tokens := control_text.special.findall(after)):
+            _, called, after = self.render([user, _CALLS]).rpartition(_PROBE)
+            if called and self.stop_token not in after and (tokens := control_text.special.findall(after)):
                 self.call_stop_token = tokens[-1]
 
     def _left_out_parts(self, user: dict) -> Iterator[str]:

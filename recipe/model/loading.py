@@ -22,6 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import (
     CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
     cached_file,
     extract_commit_hash,
@@ -133,8 +135,9 @@ class Pretrained:
         older = any(name.startswith(os.path.splitext(WEIGHTS_NAME)[0]) for name in files)  # pickled weights
         with _quiet():
             if not older and not hasattr(config, "quantization_config"):
-                WeightFiles(self.name_or_path)
-                return self.model(config, torch.float32, device_map={"": "meta"})
+                if {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} & set(files):
+                    WeightFiles(self.name_or_path)
+                return self.model(config, config.dtype or torch.float32, device_map={"": "meta"})
             options = {"trust_remote_code": True} if self.trust_remote_code else {}
             with reading(f"{self.named_by} {self.name_or_path}", self._remedy), torch.device("meta"):
                 return auto_class(config).from_config(config, **options)

@@ -60,7 +60,7 @@ def quantisation(name: str, config: Mapping[str, Any]) -> Quantised | None:
     return None
 
 
-def prepare(config: PreTrainedConfig, name: str, args: Any, sharded: bool) -> bool:
+def prepare(config: PreTrainedConfig, args: Any, q_lora: bool, sharded: bool) -> bool:
     """Let a model with quantised weights be trained; any other model is left as it is.
 
     Weights that bitsandbytes holds in 4 bits stay as they are, as with --q_lora; those in MXFP4 (gpt-oss, which is not
@@ -68,24 +68,26 @@ def prepare(config: PreTrainedConfig, name: str, args: Any, sharded: bool) -> bo
 
     Args:
         config: configuration of the model; changed.
-        name: folder or hub name of the model.
         args: TrainingArguments of finetune.py.
+        q_lora: whether the weights are to be held in 4 bits.
         sharded: whether each rank holds a part of each weight.
 
     Returns:
-        True if the weights have 4 bits.
+        Whether the weights have 4 bits in training.
 
     Raises:
         UserError: such weights cannot be trained.
     """
-    found = quantisation(name, config.to_dict())
+    found = quantisation(config.name_or_path, config.to_dict())
     if found is None:
-        return False
+        return q_lora
     remedy = f"{found.remedy('--model_name_or_path')}."
     if not (found.in_4_bits or found.method == "mxfp4"):
         raise UserError(f"{found}, and cannot be trained; {remedy}")
     if not args.use_lora:
         raise UserError(f"{found}, and full training cannot change them; add --use_lora, or {remedy}")
+    if not found.in_4_bits and q_lora:
+        raise UserError(f"{found}, and transformers cannot make 4-bit weights of them; leave --q_lora out, or {remedy}")
     if not found.in_4_bits:
         config.quantization_config["dequantize"] = True
         say(f"{found}; they are trained as 16-bit weights, made as they are read.")

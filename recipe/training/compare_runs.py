@@ -39,7 +39,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table of runs, {folder: facts of run.json}."""
     lines = [f"| run | best held-out loss | {' | '.join(COLUMNS)} |", f"|---|---:|{'---:|' * len(COLUMNS)}"]
     for folder, facts in runs.items():
-        losses = [entry["eval_loss"] for entry in facts["evaluations"] if "eval_loss" in entry]
+        losses = [entry["eval_loss"] for entry in facts["evaluations"] if entry.get("eval_loss") is not None]
         cells = [min(losses, default=None), *(facts.get(entry) for entry in COLUMNS.values())]
         shown = (f"{cell:.5g}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in cells)
         lines.append(f"| {folder} | {' | '.join(shown)} |")

@@ -13,10 +13,10 @@ from jinja2 import TemplateError
 from recipe.console import UserError
 from recipe.dataset.control_text import ControlText
 from recipe.dataset.encoding import ChatEncoder
+from recipe.model.loading import Pretrained, one_line
 from recipe.model.prompt_mode import PromptMode
 
 CONVERTER = "convert_hf_to_gguf.py"
-MODELFILE = "Modelfile"
 _SYSTEM, _USER, _ANSWER = "kqzvsystem", "kqzvuser", "kqzvanswer"  # words that no template contains
 
 
@@ -32,13 +32,14 @@ def converter(llama_cpp: str) -> str:
     return path
 
 
-def convert(folder: str, file: str, program: str) -> None:
+def convert(folder: str, file: str, program: str, trust_remote_code: bool = False) -> None:
     """Convert the model in a folder into a GGUF file, and write Ollama's Modelfile beside it.
 
     Args:
         folder: folder of a whole model.
         file: GGUF file to write.
         program: path of the converter.
+        trust_remote_code: whether to run code that comes with the tokenizer.
 
     Raises:
         UserError: the converter fails.
@@ -49,26 +50,28 @@ def convert(folder: str, file: str, program: str) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise UserError(f"{program}: cannot convert {folder}: {reason:.300} The merged model is complete.")
-    with open(beside(file), "w", encoding="utf-8") as target:
-        target.write(modelfile(folder, os.path.basename(file)))
+    try:
+        text = modelfile(folder, os.path.basename(file), trust_remote_code)
+        with open(modelfile_of(file), "w", encoding="utf-8") as target:
+            target.write(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{modelfile_of(file)}: cannot be written: {one_line(error)} {file} is complete.") from None
 
 
-def beside(file: str) -> str:
+def modelfile_of(file: str) -> str:
     """Return the path of the Modelfile beside a GGUF file."""
-    return os.path.join(os.path.dirname(os.path.abspath(file)), MODELFILE)
+    return f"{os.path.splitext(file)[0]}.Modelfile"
 
 
-def modelfile(folder: str, file: str) -> str:
+def modelfile(folder: str, file: str, trust_remote_code: bool = False) -> str:
     """Return Ollama's Modelfile: the weights, the chat template as Go template, the stop tokens, the system message.
 
     Args:
         folder: folder of the model, with its tokenizer and prompt mode.
         file: name of the GGUF file beside the Modelfile.
     """
-    import transformers
-
     mode = PromptMode.read(folder)
-    encoder = mode.encoder(transformers.AutoTokenizer.from_pretrained(folder))
+    encoder = mode.encoder(Pretrained(folder, trust_remote_code).tokenizer())
     lines = [f"FROM ./{file}"]
     template = go_template(encoder, mode.variables(encoder))
     if template:
@@ -122,6 +125,8 @@ def _pieces(encoder, variables):
     alone = opening + before_user + _USER + after_user == render(user)
     if not alone or again != before_user or end != after_user:
         return None
+    begin = encoder.tokenizer.bos_token or ""  # which Ollama writes itself
+    first, opening = first.removeprefix(begin), opening.removeprefix(begin)
     return {
         "system": first, "after system": after_system, "opening": opening, "user": before_user,
         "after user": after_user, "answer": before_answer, "after answer": after_answer, "header": header,

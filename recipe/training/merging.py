@@ -21,7 +21,7 @@ from recipe.model.loading import Pretrained, refuse_changed_base
 from recipe.model.precision import dtype_name
 from recipe.model.quantised import quantisation
 from recipe.model.weight_files import FLOATS, WeightFiles, read_json
-from recipe.training import merge_plan, merge_proof
+from recipe.training import merge_plan, merge_proof, model_card, run_record
 from recipe.training.merge_plan import Source
 
 RECORD = "merge.json"  # in the merged folder: what it was made from, and the names of its files
@@ -81,6 +81,10 @@ def merge(
         for shard in source.files.shards:
             source.files.write(shard, work, plan.dtypes, plan.changed, plan.added)
         _write_rest(source, plan, dtype, work)
+        try:
+            _write_card(source.adapter, output, work)
+        except Exception as error:  # the record may be of another version; the weights matter more
+            say(f"no model card is written: {type(error).__name__}: {error}.")
         difference = merge_proof.difference(source, plan, expected, work, quantize)
         _publish(work, output, {"adapter": adapter, "base": source.name, "difference": difference})
     except OSError as error:
@@ -210,6 +214,18 @@ def _write_rest(source, plan, dtype, work):
     _rewrite(source.files.folder, work, CONFIG_NAME, lambda config: _edit_config(config, source, plan, dtype))
     if source.files.index:
         _rewrite(source.files.folder, work, source.files.index, lambda index: _edit_index(index, source.files, plan))
+
+
+def _write_card(adapter, output, work):
+    """Write the card of the run that trained the adapter, as that of a whole model; none if its record is not there."""
+    for folder in (adapter, os.path.dirname(os.path.abspath(adapter))):  # `best` lies in the folder of its run
+        record, flags = (os.path.join(folder, name) for name in (run_record.FILE, "run.yaml"))
+        if os.path.exists(record) and os.path.exists(flags):
+            facts = read_json(record)
+            facts |= {"adapter": None, "arguments": facts["arguments"] | {"q_lora": False}}
+            with open(flags, encoding="utf-8") as file:
+                model_card.write(facts, work, os.path.abspath(output), file.read())
+            return
 
 
 def _rewrite(folder, work, name, edit):

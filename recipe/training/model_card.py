@@ -5,6 +5,7 @@ import os
 import shlex
 from typing import Any
 
+from recipe.model.quantised import NAME_ENDS
 from recipe.training.checkpoints import BEST
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank, whose default is 16
@@ -59,7 +60,12 @@ def usage(facts: dict[str, Any], folder: str) -> dict[str, str]:
         return lines | {"serve": _vllm(facts, quoted)}
     merged = shlex.quote(f"{folder}-merged")
     if adapter["type"] == "LoRA":
-        lines["merge"] = f"python merge.py --adapter {quoted} --output {merged}{trusted}"
+        base = facts["base"]["name_or_path"]
+        plain = NAME_ENDS.sub(
+            "", base.rstrip("/")
+        )  # an adapter of a quantised model is merged into the one it was made from
+        other = f" --base {shlex.quote(plain)}" * (plain != base.rstrip("/"))
+        lines["merge"] = f"python merge.py --adapter {quoted} --output {merged}{other}{trusted}"
     if not adapter["merge_first"]:
         return lines | {"serve": _vllm_adapter(facts, folder)}
     reasons = ", ".join(adapter["merge_first"])
@@ -147,6 +153,7 @@ def _training(facts):
     if facts["first_loss"] is not None:
         lines.append(f"* loss from {facts['first_loss']:.4g} to {facts['last_loss']:.4g}")
     for entry in facts["evaluations"]:
-        figures = (f"{name} {value:.4g}" for name, value in entry.items() if name != "step" and "_per_" not in name)
+        known = ((name, value) for name, value in entry.items() if name != "step" and value is not None)
+        figures = (f"{name} {value:.4g}" for name, value in known if "_per_" not in name)
         lines.append(f"* held out, step {entry['step']}: {', '.join(f for f in figures if 'runtime' not in f)}")
     return lines

@@ -111,10 +111,11 @@ def _grid(head, rows):
 
 def _summary(facts):
     place, loss = facts["hardware"], (facts["first_loss"], facts["last_loss"])
+    tokens, supervised = (facts.get(name, 0) for name in ("tokens", "supervised_tokens"))  # of a failed run
     return {
-        "end": facts["exit_reason"],
-        "steps": f"{facts['steps']:,} in {facts['seconds']:,} seconds, {facts['epochs']:g} epochs",
-        "tokens": f"{facts['tokens']:,}, {facts['supervised_tokens']:,} of them supervised",
+        "end": facts.get("exit_reason", "unknown"),
+        "steps": f"{facts['steps']:,} in {facts.get('seconds', 0):,} seconds, {facts['epochs']:g} epochs",
+        "tokens": f"{tokens:,}, {supervised:,} of them supervised",
         "loss": " to ".join("none" if value is None else f"{value:.4g}" for value in loss),
         "best step": facts["best_step"],
         "hardware": f"{place['device']}, {place['processes']} processes, peak memory {facts['peak_memory_gb']} GB",
@@ -127,7 +128,7 @@ def _evaluations(evaluations):
     if not evaluations:
         return []
     names = list(dict.fromkeys(name for entry in evaluations for name in entry))
-    rows = ([f"{entry[name]:.5g}" if name in entry else "" for name in names] for entry in evaluations)
+    rows = (["" if entry.get(name) is None else f"{entry[name]:.5g}" for name in names] for entry in evaluations)
     return ["<h2>Evaluations</h2>", _grid(names, rows)]
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import chat
 import finetune
@@ -98,9 +99,26 @@ def test_two_models_answer_side_by_side(tiny_model, thinker, typed):
 
 
 def test_a_command_that_is_not_known_lists_those_that_are(tiny_model, typed):
-    for text in ("/help", "/thikn on", "/think maybe", "/save"):
+    for text in ("/help", "/think maybe", "/save"):
         said, (one,) = typed([text], tiny_model)
         assert all(command.split()[0] in said for command in chat.COMMANDS) and not one.messages
+
+
+def test_a_line_of_a_pipe_that_is_no_command_is_a_turn(tiny_model, typed):
+    _, (one,) = typed(["/etc/passwd is what?"], tiny_model)
+    assert one.messages[0]["content"] == "/etc/passwd is what?"
+
+
+def test_an_answer_is_printed_as_it_is_whatever_is_in_it(tiny_model, monkeypatch, capsys):
+    args = chat.parse(["--model_name_or_path", str(tiny_model)])
+    one = chat.Chat(str(tiny_model), args)
+    text = "10:100:5\ta[:b:] [bold]x[/bold] <|object_ref_start|>"
+    streamer = chat._streamer(one)
+    capsys.readouterr()
+    for tokens in ([1, 2], *([i] for i in one.tokenizer.encode(f"{text}<|im_end|>"))):  # the prompt comes first
+        streamer.put(torch.tensor(tokens))
+    streamer.end()
+    assert capsys.readouterr().out == text
 
 
 def test_a_conversation_that_is_too_long_is_told_and_goes_on(tiny_model, typed):
@@ -130,7 +148,10 @@ def test_a_terminal_shows_a_prompt_and_edits_lines(tiny_model):
                 seen += os.read(ours, 4096)
             except OSError:
                 break
-        if typed and seen.count(b"> ") >= 5 - len(typed):
+        if len(typed) > 1 and seen.count(b"> ") >= 5 - len(typed):
             os.write(ours, typed.pop(0))
+        elif len(typed) == 1 and seen.count(b"> ") >= 4:
+            time.sleep(0.5)  # what comes while the terminal changes its mode is lost
+            os.write(ours, typed[0])
     assert process.wait(timeout=30) == 0, process.stderr.read().decode()[-2000:]
     assert b'"content": "Sing."' in seen and b"\x1b[" in seen  # the key was undone; there are colours

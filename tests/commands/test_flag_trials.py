@@ -36,7 +36,7 @@ WRONG = {  # words -> the sentence
     "--dataloader_num_workers 2 --dataloader_prefetch_factor -1": r"--dataloader_prefetch_factor -1: ",
     "--eval_on_start True": r"--eval_on_start is set but there is nothing to evaluate; add --eval_data_path",
     "--save_strategy best": r"--save_strategy best needs evaluations in the course of training; add --eval_data_path",
-    "--eval_ratio 0.1 --early_stopping_patience 2 --metric_for_best_model steps": r"steps: expected eval_loss, eval_held",
+    "--eval_ratio 0.1 --metric_for_best_model accuracy": r"--metric_for_best_model accuracy: expected eval_loss\.",
     "--push_to_hub True": r"--push_to_hub: there is no token of the hub",
 }
 

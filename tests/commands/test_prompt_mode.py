@@ -129,7 +129,7 @@ def test_variables_of_the_records_are_kept_if_all_agree(tiny_model, qwen3, tmp_p
 def test_chat_refuses_a_conversation_beyond_its_limit(plain, monkeypatch, capsys):
     text = "say nine\nsay " + "long " * 60 + "\nsay one\n"
     assert len(asked(monkeypatch, plain[0], text, "--model_max_length", 60)) == 2
-    assert "reach --model_max_length" in capsys.readouterr().out
+    assert "reaches --model_max_length" in capsys.readouterr().out
 
 
 def test_eval_counts_what_it_leaves_out_and_compares_models_in_a_table(plain, thoughtful, tmp_path, capsys):

@@ -91,3 +91,5 @@ def test_gpt_oss_in_mxfp4_is_trained_as_the_16_bit_weights_that_it_holds(small_t
     assert history(tmp_path / "packed-out", "loss") == pytest.approx(history(tmp_path / "plain-out", "loss"), rel=1e-4)
     with pytest.raises(UserError, match="full training cannot change them; add --use_lora"):
         finetune.train(argv(packed, rows, tmp_path / "full"))
+    with pytest.raises(UserError, match="cannot make 4-bit weights of them; leave --q_lora out"):
+        finetune.train(argv(packed, rows, tmp_path / "full", "--q_lora", "True"))

@@ -61,7 +61,7 @@ DAMAGES = {
         lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         r"model\.safetensors: is no safetensors file",
     ),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"holds no model\.safetensors and no"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded: Error no file named"),
 }
 
 

@@ -229,7 +229,7 @@ def test_the_block_counts_rows_tokens_and_parameters(tiny_model, tmp_path, capsy
 def test_rope_scaling_stretches_the_window_and_is_saved(tiny_model, rows, tmp_path):
     with pytest.raises(UserError, match="4096 exceeds the model's window of 2048 positions.*--rope_scaling yarn"):
         finetune.train(argv(tiny_model, rows, tmp_path / "out", "--model_max_length", 4096))
-    beyond = write(tmp_path / "beyond.jsonl", [{"prompt": "long " * 1500, "completion": "word " * 1000}])
+    beyond = write(tmp_path / "beyond.jsonl", [{"prompt": "long " * 600, "completion": "word " * 400}])
     options = ["--model_max_length", 4096, "--overlong", "error", "--learning_rate", 0, "--max_steps", 1]
     ids = torch.arange(3000)[None] % 900
     for kind in ("yarn", "linear", "dynamic"):

@@ -41,7 +41,8 @@ def test_ollamas_template_renders_as_the_chat_template(tokenizer_of, name):
     form = gguf.go_template(encoder, {})
     for talk in TALKS:
         messages = [{"role": role, "content": text} for role, text in talk]
-        assert rendered(form, talk) == encoder.template.render(messages, prompt=True), talk
+        expected = encoder.template.render(messages, prompt=True)
+        assert rendered(form, talk) == expected.removeprefix(encoder.tokenizer.bos_token or ""), talk
 
 
 def test_a_template_that_depends_on_other_messages_is_left_to_ollama(tokenizer_of):
@@ -68,4 +69,7 @@ def test_a_converter_that_is_not_there_or_fails_is_one_sentence(tiny_copy, tmp_p
     words = ["merge.py", "--adapter", "no", "--output", str(tmp_path / "out"), "--gguf", "x.gguf"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(UserError, match="belong together"):
+        merge.run(merge.parse())
+    monkeypatch.setattr(sys, "argv", [*words[:-1], str(tmp_path / "out" / "x.gguf"), "--llama_cpp", str(tmp_path)])
+    with pytest.raises(UserError, match="lies in the folder of --output"):
         merge.run(merge.parse())

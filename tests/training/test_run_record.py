@@ -19,6 +19,7 @@ from helpers import ROWS, Page, argv, history, parse, write
 from recipe import signals
 from recipe.console import UserError
 from recipe.training import checkpoints, model_card
+from recipe.training.merging import merge
 
 FILES = {"run.json", "run.yaml", "README.md", "report.html", "loss.png", "prompt_mode.json"}
 
@@ -92,7 +93,7 @@ def test_the_last_lines_and_the_cards_say_how_to_use_these_weights(ran, tiny_mod
     serve = shlex.split(lines["serve"])
     assert serve[:5] == ["vllm", "serve", str(tiny_model), "--enable-lora", "--max-lora-rank"] and serve[5] == "16"
     assert f"my adapter={out}" in serve and os.path.exists(serve[serve.index("--chat-template") + 1])
-    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr("builtins.input", lambda *prompt: (_ for _ in ()).throw(EOFError))
     chat.talk(chat.parse(shlex.split(lines["chat"])[2:]))
     for folder in (out, out / "best", out / "checkpoint-9"):
         card = ModelCard.load(folder / "README.md")
@@ -163,6 +164,17 @@ def test_a_run_that_fails_says_why(tiny_model, data, tmp_path, monkeypatch, erro
         finetune.train([*words, "--save_strategy", "steps"])
     facts = record(tmp_path / "out")
     assert (facts["exit_reason"], facts["saved"], facts["steps"]) == (reason, False, 2)
+
+
+def test_the_card_of_a_merged_folder_is_that_of_a_whole_model(ran, tmp_path):
+    for adapter in (ran[0], ran[0] / "best"):
+        merged = tmp_path / adapter.name
+        merge(str(adapter), str(merged))
+        text = (merged / "README.md").read_text()
+        assert ModelCard(text).data.library_name == "transformers" and f"vllm serve {shlex.quote(str(merged))}" in text
+        assert "--enable-lora" not in text and "merge.py" not in text and "AutoModelForCausalLM" in text
+        assert "rows.jsonl | 8 |" in text and "lora_r: 12" in text
+    assert "README.md" in json.loads((merged / "merge.json").read_text())["files"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
