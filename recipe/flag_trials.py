@@ -19,6 +19,7 @@ from transformers.utils import is_bitsandbytes_available, is_liger_kernel_availa
 
 from recipe import console
 from recipe.console import UserError
+from recipe.model import attention
 from recipe.model.loading import one_line
 
 KNOWN_KERNELS = ("auto", "packed", "eager", "sdpa")
@@ -133,6 +134,7 @@ def _attention(model_args: Any) -> None:
     if kernel not in KNOWN_KERNELS:
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
         heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+        attention.register()
         with _naming(f"--attn_implementation {kernel}"), torch.device("meta"):
             config = transformers.Qwen2Config(**sizes, **heads)
             transformers.AutoModelForCausalLM.from_config(config, attn_implementation=kernel)

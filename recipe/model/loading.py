@@ -99,8 +99,7 @@ class Pretrained:
         Raises:
             UserError: the model cannot be loaded, or its files lack some of its weights.
         """
-        if attn_implementation == attention.PACKED:
-            attention.register()
+        attention.register()
         if attn_implementation != "auto":
             options["attn_implementation"] = attn_implementation
         if "quantization_config" in options:

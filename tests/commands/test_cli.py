@@ -70,6 +70,7 @@ OTHER_THAN_DEFAULT = {  # for the fields whose default does not show what they h
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "greater_is_better": True,
+    "metric_for_best_model": "loss",
     "hub_private_repo": True,
     "hub_strategy": "end",
     "include_for_metrics": ["loss"],
