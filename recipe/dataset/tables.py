@@ -39,7 +39,11 @@ class TableRecords:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        return _without_filled_in(self._rows[int(index)], self._rows.features)
+        try:
+            row = self._rows[int(index)]
+        except UnicodeDecodeError as error:  # the formats do not check their texts when they are written or opened
+            raise UserError(f"{self.where(index)}: a text in it is not UTF-8 ({error.reason}).") from None
+        return _without_filled_in(row, self._rows.features)
 
     def where(self, index: int) -> str:
         """Name the file and the record, counted from 1."""

@@ -341,6 +341,19 @@ def test_one_record_is_enough(write, text):
     assert read(write("one.json", text)) == [row()]
 
 
+def test_a_text_of_a_table_that_is_not_utf8_is_named_with_its_record(tmp_path, own_cache):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xbd")]
+    )
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": texts, "completion": ["x", "y"]}), path)
+    with pytest.raises(UserError, match=r"rows\.parquet: record 2: a text in it is not UTF-8"):
+        read(path)
+
+
 def test_a_parquet_file_reads_like_the_same_rows_in_json(write, tmp_path, own_cache):
     import datasets
 
