@@ -129,11 +129,16 @@ def talk(args: argparse.Namespace) -> None:
         if not text.strip() or text.split()[0] in commands or (interactive and text.startswith("/")):
             screen.print(f"({_obey(text, chats)})", style="dim", markup=False)
             continue
+        before, problem = [chat.messages for chat in chats], None
         try:
             if not _answer(text, chats, screen):
-                screen.print("(the prompt reaches --model_max_length; an empty line starts anew)", style="dim")
+                problem = "the prompt reaches --model_max_length; an empty line starts anew"
         except KeyboardInterrupt:
-            screen.print("\n(stopped; the turn is forgotten)", style="dim")
+            problem = "stopped; the turn is forgotten"
+        if problem:
+            for chat, messages in zip(chats, before, strict=True):
+                chat.messages = messages
+            screen.print(f"({problem})", style="dim")
 
 
 def _answer(text: str, chats: list[Chat], screen: Any) -> bool:

@@ -6,12 +6,14 @@
 The model is asked for the last assistant turn of every conversation, given everything before it, in the prompt mode that
 its training saved beside it; it answers greedily and stops at its stop token. Prints three numbers, exact_match and
 valid_json (0 to 1) and eval_loss (mean over supervised tokens), of several models a table; --output writes the answers,
-and --report a page that shows them side by side. `--metric file.py:function` adds `function(answer, reference, messages) -> float`.
+and --report a page that shows them side by side. `--metric file.py:function` adds
+`function(answer, reference, messages) -> float`.
 """
 
 import argparse
 import gc
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +49,13 @@ def run(args: argparse.Namespace) -> None:
     from recipe.training import answers
 
     for path in filter(None, (args.output, args.report)):
+        new = not os.path.exists(path)
         try:
             open(path, "a").close()  # before the models are loaded and have answered
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another file.") from None
+        if new:
+            os.remove(path)  # they may not be there
     metric = answers.load_metric(args.metric) if args.metric else None
     source = Conversations(args.data_path)
     chosen = [source[i] for i in range(min(args.limit or len(source), len(source)))]

@@ -373,8 +373,8 @@ def rehearse_loading(
     """Load the model and its adapter without their numbers: a UserError if files are damaged or flags do not fit."""
     sharded = engines.engine_of(training_args).shards_weights
     lora_args.q_lora = quantised.prepare(config, training_args, lora_args.q_lora, sharded)
-    if model_args.trust_remote_code and not sharded:
-        return  # a model's own code may not bear it
+    if model_args.trust_remote_code and hasattr(config, "auto_map") and not sharded:
+        return  # code that comes with a model may not bear it
     with engines.whole_models(training_args):
         model = pretrained(model_args, training_args).skeleton(config)
         engines.settle_loading(training_args, model, loading.buffers_in_files(model))
@@ -441,7 +441,7 @@ def run(
     config = load_config(model_args, training_args, data_args.pack_tokens)  # settles model_max_length for the rows
     try:
         encoder = ChatEncoder(tokenizer, data_args.train_on, data_args.thinking, data_args.train_empty_answers,
-                              data_args.chat_template_kwargs or {}, config.get_text_config().vocab_size)  # fmt: skip
+                              data_args.chat_template_kwargs or {}, getattr(config.get_text_config(), "vocab_size", None))  # fmt: skip
     except ValueError as error:
         raise UserError(f"{model_args.model_name_or_path}: {error}.") from None
     rehearse_loading(config, model_args, training_args, lora_args)  # before the rows, which may take long

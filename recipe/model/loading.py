@@ -32,7 +32,7 @@ from transformers.utils import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from recipe.console import UserError
-from recipe.model import attention, experts, generation, linear_attention
+from recipe.model import attention, experts, generation, linear_attention, quantised
 from recipe.model.precision import best_dtype
 from recipe.model.weight_files import WeightFiles
 
@@ -133,7 +133,7 @@ class Pretrained:
         files = os.listdir(self.name_or_path) if os.path.isdir(self.name_or_path) else [WEIGHTS_NAME]
         older = any(name.startswith(os.path.splitext(WEIGHTS_NAME)[0]) for name in files)  # pickled weights
         with _quiet():
-            if not older and not hasattr(config, "quantization_config"):
+            if not older and not quantised.quantisation(self.name_or_path, config.to_dict()):
                 if {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME} & set(files):
                     WeightFiles(self.name_or_path)
                 return self.model(config, config.dtype or torch.float32, device_map={"": "meta"})

@@ -39,9 +39,15 @@ class Quantised(NamedTuple):
         Args:
             flag: the flag that names the model.
         """
-        plain = NAME_ENDS.sub("", self.name.rstrip("/"))
-        known = f", such as {flag} {plain}" if plain != self.name.rstrip("/") else f" with {flag}"
+        plain = plain_name(self.name)
+        known = f", such as {flag} {plain}" if plain else f" with {flag}"
         return f"name the model in 16 bits that it was made from{known}"
+
+
+def plain_name(name: str) -> str | None:
+    """Return the name of the model that a quantised copy was made from, None if `name` is not that of a copy."""
+    plain = NAME_ENDS.sub("", name.rstrip("/"))
+    return plain if plain != name.rstrip("/") else None
 
 
 def quantisation(name: str, config: Mapping[str, Any]) -> Quantised | None:
@@ -53,10 +59,12 @@ def quantisation(name: str, config: Mapping[str, Any]) -> Quantised | None:
     """
     for part in (config, config.get("text_config") or {}):
         settings = part.get("quantization_config") or part.get("compression_config") or {}
+        if not isinstance(settings, Mapping):  # a damaged file
+            return Quantised(name, "quantization_config", False)
         method = settings.get("quant_method") or ("bitsandbytes" if settings.get("load_in_4bit") else "")
         if settings and method != DEQUANTISED:
-            in_4_bits = "bitsandbytes" in method and bool(settings.get("load_in_4bit"))
-            return Quantised(name, method or "quantization_config", in_4_bits)
+            in_4_bits = "bitsandbytes" in str(method) and bool(settings.get("load_in_4bit"))
+            return Quantised(name, str(method) or "quantization_config", in_4_bits)
     return None
 
 
@@ -82,7 +90,8 @@ def prepare(config: PreTrainedConfig, args: Any, q_lora: bool, sharded: bool) ->
     if found is None:
         return q_lora
     remedy = f"{found.remedy('--model_name_or_path')}."
-    if not (found.in_4_bits or found.method == "mxfp4"):
+    known = found.in_4_bits or found.method == "mxfp4"
+    if not known or not getattr(config, "quantization_config", None):  # transformers looks nowhere else
         raise UserError(f"{found}, and cannot be trained; {remedy}")
     if not args.use_lora:
         raise UserError(f"{found}, and full training cannot change them; add --use_lora, or {remedy}")

@@ -24,14 +24,16 @@ def read(folder: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         UserError: the folder holds no record.
     """
     found = []
-    for name in ("run.json", "trainer_state.json"):
+    for name, entry in (("run.json", "evaluations"), ("trainer_state.json", "log_history")):
         path = os.path.join(folder, name)
         try:
             with open(path, encoding="utf-8") as file:
                 found.append(json.load(file))
+            reason = "" if isinstance(found[-1], dict) and entry in found[-1] else f"it has no {entry}"
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: cannot be read ({reason}); name output folders of finished runs.") from None
+            reason = str(getattr(error, "strerror", None) or error)
+        if reason:
+            raise UserError(f"{path}: cannot be read ({reason}); name output folders of finished runs.")
     return found[0], found[1]["log_history"]
 
 

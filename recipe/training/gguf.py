@@ -3,6 +3,7 @@
 The converter is a program of llama.cpp's source (convert_hf_to_gguf.py); nothing of it has to be compiled.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,8 +25,10 @@ def converter(llama_cpp: str) -> str:
     """Return the path of the converter in a folder with llama.cpp's source.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or a package that it needs.
     """
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise UserError("--gguf: llama.cpp's converter needs the package sentencepiece; pip install sentencepiece.")
     path = os.path.join(llama_cpp, CONVERTER)
     if not os.path.exists(path):
         raise UserError(f"--llama_cpp {llama_cpp}: holds no {CONVERTER}; name a folder with the source of llama.cpp.")
@@ -49,7 +52,7 @@ def convert(folder: str, file: str, program: str, trust_remote_code: bool = Fals
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise UserError(f"{program}: cannot convert {folder}: {reason:.300} The merged model is complete.")
+        raise UserError(f"{program}: cannot convert {folder}: {reason.rstrip('.'):.300}. The merged model is complete.")
     try:
         text = modelfile(folder, os.path.basename(file), trust_remote_code)
         with open(modelfile_of(file), "w", encoding="utf-8") as target:
@@ -125,7 +128,10 @@ def _pieces(encoder, variables):
     alone = opening + before_user + _USER + after_user == render(user)
     if not alone or again != before_user or end != after_user:
         return None
-    begin = encoder.tokenizer.bos_token or ""  # which Ollama writes itself
+    # Ollama begins with it, too, where the tokenizer adds it by itself.
+    begin = (
+        encoder.tokenizer.bos_token if encoder.tokenizer("x")["input_ids"][0] == encoder.tokenizer.bos_token_id else ""
+    )
     first, opening = first.removeprefix(begin), opening.removeprefix(begin)
     return {
         "system": first, "after system": after_system, "opening": opening, "user": before_user,

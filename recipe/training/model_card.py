@@ -5,7 +5,7 @@ import os
 import shlex
 from typing import Any
 
-from recipe.model.quantised import NAME_ENDS
+from recipe.model.quantised import plain_name
 from recipe.training.checkpoints import BEST
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank, whose default is 16
@@ -60,11 +60,9 @@ def usage(facts: dict[str, Any], folder: str) -> dict[str, str]:
         return lines | {"serve": _vllm(facts, quoted)}
     merged = shlex.quote(f"{folder}-merged")
     if adapter["type"] == "LoRA":
-        base = facts["base"]["name_or_path"]
-        plain = NAME_ENDS.sub(
-            "", base.rstrip("/")
-        )  # an adapter of a quantised model is merged into the one it was made from
-        other = f" --base {shlex.quote(plain)}" * (plain != base.rstrip("/"))
+        # The adapter of a quantised model is merged into the one that this was made from.
+        plain = plain_name(facts["base"]["name_or_path"])
+        other = f" --base {shlex.quote(plain)}" if plain else ""
         lines["merge"] = f"python merge.py --adapter {quoted} --output {merged}{other}{trusted}"
     if not adapter["merge_first"]:
         return lines | {"serve": _vllm_adapter(facts, folder)}

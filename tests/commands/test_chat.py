@@ -84,7 +84,7 @@ def test_thoughts_are_switched_on_and_off_where_the_template_can(tiny_model, thi
 def test_what_is_saved_can_be_trained_on(tiny_model, typed, tmp_path):
     path = tmp_path / "talks.jsonl"
     said, _ = typed(["Hi", f"/save {path}", "/reset", "Ho", f"/save {path}"], tiny_model, "--system", "Sing.")
-    assert said.count(f"1 conversation added to {path}".replace("\n", "")) == 2 or "1 conversation added" in said
+    assert " ".join(said.split()).count("(1 conversation added to") == 2
     rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
     assert [row[1]["content"] for row in rows] == ["Hi", "Ho"]
     assert finetune.train(argv(tiny_model, path, tmp_path / "out", "--max_steps", 1))["train_loss"] > 0
@@ -96,6 +96,21 @@ def test_two_models_answer_side_by_side(tiny_model, thinker, typed):
     assert [one.name for one in chats] == [str(tiny_model), str(thinker)] and "┃" in said
     for one in chats:
         assert one.messages[-1]["role"] == "assistant"
+
+
+def test_a_turn_that_one_model_cannot_answer_is_forgotten_by_both(tiny_model, thinker, typed, monkeypatch):
+    answer = chat.Chat.answer
+
+    def stopped(self, text, streamer=None):
+        if self.name == str(thinker) and text == "stop":
+            raise KeyboardInterrupt
+        return None if self.name == str(thinker) and text == "long" else answer(self, text, streamer)
+
+    monkeypatch.setattr(chat.Chat, "answer", stopped)
+    said, chats = typed(["Hi", "stop", "long"], tiny_model, "--compare", thinker)
+    assert "(stopped; the turn is forgotten)" in said and "reaches --model_max_length" in said
+    for one in chats:
+        assert [message["content"] for message in one.messages if message["role"] == "user"] == ["Hi"]
 
 
 def test_a_command_that_is_not_known_lists_those_that_are(tiny_model, typed):

@@ -67,14 +67,9 @@ sys.exit(code)
 
 
 @pytest.mark.slow
-def test_make_demo_teaches_the_model_within_its_memory(tmp_path):
-    """With 200 of its 400 rows: with all of them exact_match is 1.0, as the README shows, in twice the time."""
+def test_make_demo_teaches_the_model_within_its_time_and_memory(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "output", "tests", "__pycache__"))
-    for name, rows in (("train", 200), ("validation", 20)):
-        path = copy / "data" / f"{name}.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:rows]), encoding="utf-8")
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "tokens")}
     # The program that `make demo` starts once .venv is there; set-up itself is not repeated here.
     assert "@.venv/bin/python -m demo.demo" in (ROOT / "Makefile").read_text()
@@ -84,7 +79,7 @@ def test_make_demo_teaches_the_model_within_its_memory(tmp_path):
     said, peak = done.stdout, int(done.stderr.splitlines()[-1])
     metrics = json.loads((copy / "output" / "demo" / "metrics.json").read_text())
     before, after = metrics["before"], metrics["after"]
-    assert before["exact_match"] <= 0.05 and after["exact_match"] >= 0.7 and after["valid_json"] >= 0.9
+    assert before["exact_match"] <= 0.05 and after["exact_match"] >= 0.95 and after["valid_json"] >= 0.95
     assert after["eval_loss"] < 0.1 * before["eval_loss"]
     assert peak < 4e6  # KiB
     for file in ("output/demo/adapter_model.safetensors", "output/demo/best/adapter_model.safetensors",

@@ -62,6 +62,20 @@ def test_other_quantised_weights_are_refused_with_the_model_to_name(tiny_copy, r
         finetune.train(argv(folder, rows, tmp_path / "out", "--use_lora", "--validate_only"))
 
 
+MXFP4 = {"quant_method": "mxfp4"}
+ODD = [{"quantization_config": entry} for entry in ("x", 7, {"quant_method": 7})]
+ODD += [{"compression_config": MXFP4}, {"text_config": {"quantization_config": MXFP4}}, {"compression_config": "x"}]
+
+
+@pytest.mark.parametrize("entries", ODD, ids=str)
+def test_entries_that_transformers_does_not_read_are_refused_in_one_sentence(tiny_copy, rows, tmp_path, entries):
+    config = json.loads((tiny_copy / "config.json").read_text()) | entries
+    (tiny_copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        finetune.train(argv(tiny_copy, rows, tmp_path / "out", "--use_lora", "--validate_only"))
+    assert "\n" not in str(error.value)
+
+
 def test_gpt_oss_in_mxfp4_is_trained_as_the_16_bit_weights_that_it_holds(small_tokenizer, rows, tmp_path, capsys):
     """gpt-oss is published in MXFP4 alone: two 4-bit numbers a byte, and a shared exponent for 32 numbers."""
     plain = families.family("gpt_oss", tmp_path / "plain", small_tokenizer)

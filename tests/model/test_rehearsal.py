@@ -101,6 +101,12 @@ def test_an_adapter_of_another_model_is_found_before_the_rows_are_read(tiny_mode
         finetune.train(argv(tiny_model, rows, tmp_path / "two", "--lora_weight_path", tmp_path / "one"))
 
 
+def test_trusting_code_that_is_not_there_leaves_out_no_check(tiny_model, rows, tmp_path, no_rows):
+    words = ["--trust_remote_code", "True", "--lora_target_modules", "q_porj", "--validate_only"]
+    with pytest.raises(UserError, match="q_porj: the model has no layer of this name"):
+        finetune.train(argv(tiny_model, rows, tmp_path / "out", *words))
+
+
 @pytest.mark.parametrize("start", ["gaussian", "pissa", "olora", "orthogonal"])
 def test_starts_that_need_the_numbers_of_the_base_pass_the_rehearsal(tiny_model, rows, tmp_path, start):
     options = ["--use_lora", "--init_lora_weights", start, "--validate_only"]

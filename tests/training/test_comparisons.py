@@ -41,6 +41,9 @@ def test_runs_are_compared_in_a_table_and_in_one_picture(runs, tmp_path, capsys,
 def test_a_folder_without_a_run_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"run\.json: cannot be read \(No such file"):
         compare_runs.read(str(tmp_path))
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run\.json: cannot be read \(it has no evaluations\)"):
+        compare_runs.read(str(tmp_path))
 
 
 def test_answers_of_models_stand_side_by_side(runs, tmp_path, capsys):
@@ -59,6 +62,11 @@ def test_answers_of_models_stand_side_by_side(runs, tmp_path, capsys):
 def test_a_file_that_cannot_be_written_is_named_before_a_model_is_loaded(runs):
     (first, _), data = runs
     for flag in ("--output", "--report"):
+        unused = data.parent / f"unused{flag}"
+        with pytest.raises(UserError, match="no/such.*cannot be loaded"):
+            words = ["--model_name_or_path", "no/such/model", "--data_path", str(data), flag, str(unused)]
+            evaluation.run(evaluation.parse(words))
+        assert not unused.exists()
         words = ["--model_name_or_path", "no/such", "--data_path", str(data), flag, "/no/such/folder/x"]
         with pytest.raises(UserError, match="/no/such/folder/x: cannot be written"):
             evaluation.run(evaluation.parse(words))

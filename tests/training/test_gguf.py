@@ -1,9 +1,11 @@
 """merge.py --gguf: what is written for Ollama renders as the chat template does; the converter is llama.cpp's own."""
 
+import copy
 import re
 import sys
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from helpers import template
 from recipe.console import UserError
@@ -41,8 +43,26 @@ def test_ollamas_template_renders_as_the_chat_template(tokenizer_of, name):
     form = gguf.go_template(encoder, {})
     for talk in TALKS:
         messages = [{"role": role, "content": text} for role, text in talk]
-        expected = encoder.template.render(messages, prompt=True)
-        assert rendered(form, talk) == expected.removeprefix(encoder.tokenizer.bos_token or ""), talk
+        assert rendered(form, talk) == encoder.template.render(messages, prompt=True), talk
+
+
+def test_the_token_that_begins_texts_is_left_to_ollama_where_the_tokenizer_adds_it(tokenizer_of):
+    tokenizer = copy.deepcopy(tokenizer_of("llama3"))
+    begin = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
+    )
+    encoder = ChatEncoder(tokenizer)
+    for talk in TALKS:
+        messages = [{"role": role, "content": text} for role, text in talk]
+        assert begin + rendered(gguf.go_template(encoder, {}), talk) == encoder.template.render(messages, prompt=True)
+
+
+def test_a_token_that_begins_turns_stays_although_it_is_called_that_of_texts(tokenizer_of):
+    """As in SmolLM2, whose bos_token is <|im_start|>."""
+    tokenizer = copy.deepcopy(tokenizer_of("smollm2"))
+    tokenizer.bos_token = "<|im_start|>"
+    assert "{{ if .System }}<|im_start|>system" in gguf.go_template(ChatEncoder(tokenizer), {})
 
 
 def test_a_template_that_depends_on_other_messages_is_left_to_ollama(tokenizer_of):
@@ -61,10 +81,14 @@ def test_the_modelfile_has_the_stop_token_and_the_system_message_of_training(tin
 def test_a_converter_that_is_not_there_or_fails_is_one_sentence(tiny_copy, tmp_path, monkeypatch):
     import merge
 
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="needs the package sentencepiece; pip install sentencepiece"):
+        gguf.converter(str(tmp_path))
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: name)  # whether it is there or not
     with pytest.raises(UserError, match="holds no convert_hf_to_gguf.py"):
         gguf.converter(str(tmp_path))
     (tmp_path / gguf.CONVERTER).write_text("import sys; sys.exit('unknown architecture')")
-    with pytest.raises(UserError, match="cannot convert .*: unknown architecture The merged model is complete"):
+    with pytest.raises(UserError, match="cannot convert .*: unknown architecture. The merged model is complete"):
         gguf.convert(str(tiny_copy), str(tmp_path / "x.gguf"), gguf.converter(str(tmp_path)))
     words = ["merge.py", "--adapter", "no", "--output", str(tmp_path / "out"), "--gguf", "x.gguf"]
     monkeypatch.setattr(sys, "argv", words)

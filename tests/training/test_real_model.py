@@ -67,15 +67,15 @@ def test_training_lowers_the_loss_of_held_out_rows(smollm, tmp_path, mode):
 
 def test_padding_free_and_padded_training_have_the_same_curve(smollm, tmp_path):
     curves = []
-    lines = sorted((ROOT / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(), key=len)[:20]
+    lines = sorted((ROOT / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(), key=len)[:40]
     data = write(tmp_path / "short.jsonl", map(json.loads, lines))
     for padding_free in ("True", "False"):
         out = tmp_path / padding_free
-        options = [*ADAPTER, "--lora_r", 8, "--learning_rate", "1e-3", "--max_steps", 5, "--bf16", "False"]
+        options = [*ADAPTER, "--lora_r", 8, "--learning_rate", "1e-3", "--max_steps", 10, "--bf16", "False"]
         options += ["--per_device_train_batch_size", 2]
         finetune.train(argv(smollm, data, out, *options, "--padding_free", padding_free))
         curves.append(history(out, "loss"))
-    assert len(curves[0]) == 5 and curves[0][-1] < 0.9 * curves[0][0]
+    assert len(curves[0]) == 10 and curves[0][-1] < 0.5 * curves[0][0]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_generation_stops_by_itself_on_all_twenty_memorised_examples(memorised):
         # no stop token is given here: the saved generation config has to know it
         new = model.generate(torch.tensor([question.prompt_ids]), max_new_tokens=32, do_sample=False)[0]
         answer = new[len(question.prompt_ids) :].tolist()
-        assert answer[-1] in encoder.stop_ids and answer == question.reference_ids
+        assert answer[-1] == encoder.stop_ids[0] and answer == question.reference_ids
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
