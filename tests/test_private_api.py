@@ -54,6 +54,8 @@ PRIVATE = [
     (core_model_loading, "revert_weight_conversion"),
     (core_model_loading.WeightConverter, "convert"),
     (peft.utils.constants, "EMBEDDING_LAYER_NAMES"),
+    (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
+    (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"),
     (torch.cpu, "_is_avx512_bf16_supported"),
     (torch.cpu, "_is_amx_tile_supported"),
     (bitsandbytes.nn, "Params4bit"),

@@ -1,7 +1,9 @@
 """The precision that a run computes in, chosen from the hardware alone, so that a run and its resume agree."""
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,6 +85,17 @@ def choose_float32() -> None:
     # Rounding to float32 leaves 3e-7 of the norm, rounding to bfloat16 1e-3.
     if ((numbers @ numbers).double() - exact).norm() > 1e-6 * exact.norm():
         torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Multiply float32 matrices by torch's own choice, which `choose_float32` may have changed."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 def _is_amd() -> bool:

@@ -177,7 +177,7 @@ def test_a_gpu_takes_a_row_in_one_call_that_equals_one_call_for_each_document():
     results = []
     for function in (
         lambda *qkv: attention.packed_attention(None, *qkv, None, cu_seq_lens_q=ends, max_length_q=130)[0],
-        lambda *qkv: attention._per_document(*qkv, ends, None, 0.0),
+        lambda *qkv: attention._by_document(*qkv, ends, None, 0.0),
     ):
         output = function(*states)
         (output.float() ** 2).sum().backward()
