@@ -209,3 +209,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    console.leave()

@@ -69,3 +69,4 @@ def main() -> None:
 if __name__ == "__main__":
     signals.watch("ended before the work was done.")
     main()
+    console.leave()

@@ -102,3 +102,4 @@ def main() -> None:
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     main()
+    console.leave()
