@@ -28,6 +28,7 @@ from recipe.distributed import engines, weights
 from recipe.model import adapter as adapters
 from recipe.model import experts, loading, rope
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
+from recipe.model.noise import EmbeddingNoise
 from recipe.training import answers, checkpoints, checks, staging
 from recipe.training.checkpoints import BEST
 from recipe.training.interruption import Interruption
@@ -82,6 +83,8 @@ class RecipeTrainer(transformers.Trainer):
         self.save, self.record, self.run_record = save, record or {}, run_record
         self.questions, self.metric, self.stop_ids = questions or [], metric, stop_ids
         self.head = fuse_loss_into_head(self.model)
+        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # instead of the Trainer's own
+        self.noise = EmbeddingNoise(self.model, alpha) if alpha else None
         # An adapter leaves the routers as they are, and their balance with them.
         self.balancing = 0.0 if hasattr(model, "peft_config") else experts.balancing_weight(model.config)
         self.best_loss = self._recorded_best()
@@ -110,6 +113,8 @@ class RecipeTrainer(transformers.Trainer):
         balancing = 0.0 if evaluating else self.balancing
         self.losses.rows = inputs.get("rows", [])
         self.losses.dataset = self._evaluated if evaluating else self.train_dataset
+        if self.noise:
+            self.noise.set_batch(inputs)
         total, supervised = supervised_loss(model, inputs, smoothing, self.head, balancing)
         if not evaluating:
             self.throughput.add(inputs, supervised)
