@@ -27,6 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 TOKEN_CACHE = tempfile.TemporaryDirectory()  # the user's own cache stays as it is
 os.environ["HF_DATASETS_CACHE"] = TOKEN_CACHE.name
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # as in a run, see console.configure_libraries
+    os.environ.setdefault(name, "128")
 
 
 @pytest.fixture(autouse=True, scope="session")

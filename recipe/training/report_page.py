@@ -39,7 +39,8 @@ def write(
         folder: output folder.
     """
     training = datasets["training"]
-    title = f"{os.path.basename(os.path.normpath(folder))}: {facts['base']['name_or_path']}"
+    base = facts["base"]["name_or_path"]
+    title = f"{_last(folder)}: {_last(base) if os.path.isdir(base) else base}"
     parts = [
         f"<h1>{_escaped(title)}</h1>",
         _table(_summary(facts)),
@@ -122,6 +123,10 @@ def _summary(facts):
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "commit": facts["commit"],
     }
+
+
+def _last(folder):
+    return os.path.basename(os.path.normpath(folder))
 
 
 def _evaluations(evaluations):
