@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--python", help="Python of the server's environment")
     args = parser.parse_args()
     by_llama = args.server == "llama.cpp"
+    if by_llama and not args.llama_cpp:
+        parser.error("llama.cpp needs --llama_cpp")
     python = args.python or ROOT / (".venv-llama" if by_llama else ".venv-transformers") / "bin" / "python"
     with tempfile.TemporaryDirectory() as folder:
         merged, file, found = (pathlib.Path(folder) / name for name in ("merged", "model.gguf", "found.json"))

@@ -16,7 +16,7 @@ import sys
 
 WIDTH, HEIGHT = 1100, 1280  # pixels: from the title to the curves
 LOOK = """
-import pathlib, sys
+import sys
 from PyQt6.QtCore import QTimer, QUrl
 from PyQt6.QtWebEngineCore import QWebEnginePage, QWebEngineProfile, QWebEngineUrlRequestInterceptor, qWebEngineChromiumVersion
 from PyQt6.QtWebEngineWidgets import QWebEngineView

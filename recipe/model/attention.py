@@ -81,7 +81,7 @@ def _by_document(
 
 
 class _DocumentAttention(torch.autograd.Function):
-    """`_by_document` on a CPU, by the kernel that torch takes, but with products of float32 by MKL for short documents.
+    """`_by_document` on a CPU, by the kernel that torch takes: short documents in float32, and float32 always by MKL.
 
     oneDNN, which computes the products of bfloat16 and, on AMD, of float32 (see `precision.choose_float32`), takes longer
     to prepare the small products of a head than to compute them. Forward and backward pass of one layer for a document of
@@ -119,8 +119,8 @@ class _DocumentAttention(torch.autograd.Function):
 
 
 def _for_kernel(states: Tensor) -> Tensor:
-    """Cast a short document [1, H, t, D] to float32."""
-    return states.float() if states.shape[2] <= SHORT else states
+    """Cast a short document [1, H, t, D] of half precision to float32."""
+    return states.float() if states.dtype.itemsize == 2 and states.shape[2] <= SHORT else states
 
 
 def _documents(lengths, *rows):

@@ -113,7 +113,7 @@ class RecipeTrainer(transformers.Trainer):
         balancing = 0.0 if evaluating else self.balancing
         self.losses.rows = inputs.get("rows", [])
         self.losses.dataset = self._evaluated if evaluating else self.train_dataset
-        if self.noise:
+        if self.noise and not evaluating:
             self.noise.set_batch(inputs)
         total, supervised = supervised_loss(model, inputs, smoothing, self.head, balancing)
         if not evaluating:

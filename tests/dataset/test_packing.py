@@ -204,3 +204,39 @@ def test_documents_in_a_row_get_the_attention_of_plain_torch_and_its_gradients()
         grads += [output, *torch.autograd.grad((output * weight).sum(), states)]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chosen", ["highest", "medium"])
+def test_short_and_long_documents_on_a_cpu_have_the_attention_and_gradients_of_float64(dtype, chosen):
+    """As exact as torch's own call for each document, or more, under any precision, which is left as it was."""
+    lengths = [attention.SHORT - 1, 1, attention.SHORT, attention.SHORT + 1, 2 * attention.SHORT]
+    torch.manual_seed(0)
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    states = [torch.randn(1, sum(lengths), heads, 16).to(dtype) for heads in (6, 2, 2)]
+    weight = torch.randn(1, sum(lengths), 6, 16)
+
+    def plain(query, key, value):
+        parts = zip(*(row.split(lengths, dim=2) for row in (query, key, value)), strict=True)
+        settings = dict(is_causal=True, enable_gqa=True)
+        found = [torch.nn.functional.scaled_dot_product_attention(*part, **settings) for part in parts]
+        return torch.cat(found, dim=2).transpose(1, 2)
+
+    def packed(query, key, value):
+        return attention.packed_attention(None, query, key, value, None, cu_seq_lens_q=ends)[0]
+
+    def computed(function, kind):
+        inputs = [row.to(kind).requires_grad_() for row in states]
+        output = function(*(row.transpose(1, 2) for row in inputs))
+        gradients = torch.autograd.grad((output * weight.to(output.dtype)).sum(), inputs)
+        return [tensor.double() for tensor in (output, *gradients)]
+
+    torch.set_float32_matmul_precision(chosen)
+    exact, found, torchs = computed(plain, torch.float64), computed(packed, dtype), computed(plain, dtype)
+    assert torch.get_float32_matmul_precision() == chosen
+    for right, ours, theirs in zip(exact, found, torchs, strict=True):
+        error, bound = ((tensor - right).norm() / right.norm() for tensor in (ours, theirs))
+        assert error <= 1.1 * bound and error < (1e-6 if dtype == torch.float32 else 1e-2)
+    in_float64 = computed(packed, torch.float64)
+    for right, ours in zip(exact, in_float64, strict=True):
+        assert (ours - right).norm() < 1e-12 * right.norm()
