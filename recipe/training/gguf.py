@@ -47,7 +47,8 @@ def convert(folder: str, file: str, program: str, trust_remote_code: bool = Fals
     Raises:
         UserError: the converter fails.
     """
-    environment = {**os.environ, "PYTHONPATH": os.path.join(os.path.dirname(program), "gguf-py")}
+    found = [os.path.join(os.path.dirname(program), "gguf-py"), os.environ.get("PYTHONPATH")]  # its own gguf first
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found))}
     words = [sys.executable, program, folder, "--outfile", file]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:

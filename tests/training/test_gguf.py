@@ -90,6 +90,11 @@ def test_a_converter_that_is_not_there_or_fails_is_one_sentence(tiny_copy, tmp_p
     (tmp_path / gguf.CONVERTER).write_text("import sys; sys.exit('unknown architecture')")
     with pytest.raises(UserError, match="cannot convert .*: unknown architecture. The merged model is complete"):
         gguf.convert(str(tiny_copy), str(tmp_path / "x.gguf"), gguf.converter(str(tmp_path)))
+    (tmp_path / "of_the_user.py").write_text("found = 'a module of the user'")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / gguf.CONVERTER).write_text("import sys, of_the_user; sys.exit(of_the_user.found)")
+    with pytest.raises(UserError, match="cannot convert .*: a module of the user. The merged"):
+        gguf.convert(str(tiny_copy), str(tmp_path / "x.gguf"), gguf.converter(str(tmp_path)))
     words = ["merge.py", "--adapter", "no", "--output", str(tmp_path / "out"), "--gguf", "x.gguf"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(UserError, match="belong together"):
