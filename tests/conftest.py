@@ -19,6 +19,7 @@ from helpers import (
     QWEN3_MARKUP,
     TEMPLATES,
     UNEVEN_ROWS,
+    leave_pictures_out,
     template,
     write,
 )  # fmt: skip
@@ -53,6 +54,13 @@ def global_state():
     torch.set_default_dtype(torch.float32)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    """Draw the pictures of a training only in tests with this mark, and in programs that tests start."""
+    if not request.node.get_closest_marker("pictures"):
+        leave_pictures_out(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What several test files use: rows, command lines, reference computations, chat templates."""
 
 import copy
+import functools
 import html.parser
 import importlib.resources
 import json
@@ -110,6 +111,36 @@ def relative(found, expected):
     return max((found[name] - expected[name]).norm().item() / expected[name].norm().item() for name in expected)
 
 
+def leave_pictures_out(setattr=setattr):
+    """Let trainings in this process draw no loss.png and no report.html, which takes 0.2 s each."""
+    from recipe.training import run_record
+
+    setattr(run_record.curves, "plot_loss", lambda *args: None)
+    setattr(run_record.report_page, "write", lambda *args: None)
+
+
+@functools.cache
+def _server():
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+
+
+def run_forked(folder, program, words, ranks):
+    """Run a program on so many ranks by tests/forked.py, in a folder; (exit codes, what they printed)."""
+    out = pathlib.Path(folder, "printed.txt")
+    out.unlink(missing_ok=True)
+    request = {
+        "program": str(program), "words": [str(word) for word in words], "ranks": ranks, "folder": str(folder),
+        "environment": {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}, "out": str(out),
+    }  # fmt: skip
+    server = _server()
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline()), out.read_text()
+
+
 def step(tmp_path, model, data, name, *more, ranks=1):
     """One optimizer step over all rows by SGD with rate 1, so that the change of the weights is the gradient."""
     import finetune
@@ -119,10 +150,8 @@ def step(tmp_path, model, data, name, *more, ranks=1):
     if ranks == 1:
         finetune.train(words)
     else:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        done = subprocess.run([*launch, "finetune.py", *words], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "x 2 ranks" in done.stdout
+        codes, said = run_forked(tmp_path, ROOT / "finetune.py", words, ranks)
+        assert codes == [0] * ranks and f"x {ranks} ranks" in said, said[-3000:]
     after = finetune.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
     before = finetune.transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     names = dict(before.named_parameters())
@@ -144,17 +173,12 @@ def call_back(callback):
 def run_ranks(folder, jobs, ranks):
     """Run the trainings of tests/distributed/ranks.py, {name: job}, in as many processes; {name: what each left}."""
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
-    command = [ROOT / "tests" / "distributed" / "ranks.py", folder / "jobs.json", folder / "results.json"]
-    if ranks > 1:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *command]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=900, cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    words = [folder / "jobs.json", folder / "results.json"]
+    codes, said = run_forked(folder, ROOT / "tests" / "distributed" / "ranks.py", words, ranks)
     results = folder / "results.json"
     left = json.loads(results.read_text()) if results.exists() else {}
     failed = [result["traceback"] for result in left.values() if "error" in result]
-    return {"folder": folder, "problem": "".join(failed) or done.returncode and done.stderr[-4000:], **left}
+    return {"folder": folder, "problem": "".join(failed) or any(codes) and said[-4000:], **left}
 
 
 class Page(html.parser.HTMLParser):

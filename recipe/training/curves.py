@@ -124,7 +124,7 @@ def _loss_axis(axes, label):
     axes.set(xlabel="optimizer step", ylabel=label, yscale="log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
     if axes.lines:
         axes.legend()
 

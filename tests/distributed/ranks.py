@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[level]) for level in (2, 1)]
 import finetune  # noqa: E402
-from helpers import parse  # noqa: E402
+from helpers import leave_pictures_out, parse  # noqa: E402
 from recipe import console, signals  # noqa: E402
 from recipe.distributed import engines, weights  # noqa: E402
 from recipe.model.experts import is_routed_weight  # noqa: E402
@@ -123,6 +123,7 @@ def run(job):
 
 def main(jobs, results):
     done, todo = {}, json.loads(pathlib.Path(jobs).read_text())
+    leave_pictures_out()
     gc.freeze()  # the libraries collect garbage in each training, and need not look through what was imported
     if any("signalled" in job for job in todo.values()):
         signals.watch()

@@ -77,10 +77,10 @@ start_both() {
   for rank in 0 1; do
     rm -f "$work/code-$rank"
     (
-      ip netns exec "${hosts[rank]}" env \
+      ip netns exec "${hosts[rank]}" bash -c "$mounting"' && exec "$@"' mounting env \
         NNODES=2 NODE_RANK=$rank MASTER_ADDR=10.77.0.1 MASTER_PORT=$port NPROC_PER_NODE=1 GLOO_SOCKET_IFNAME=eth0 \
         OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$work/cache-$rank" PYTHON="$python" \
-        bash "$root/$launcher" -m "$work/model" -d "$work/rows.jsonl" -o "$work/output" --use_cpu True \
+        bash "$root/$launcher" -m "$work/model" -d "$work/rows.jsonl" -o "$work/shared/output" --use_cpu True \
         --max_steps $steps --save_steps 20 --logging_steps 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "$@" \
         >"$work/$log-$rank.log" 2>&1 </dev/null
       code=$?
@@ -122,7 +122,7 @@ after() { echo "$(($(<"$work/seconds-$1") - $2)) s"; }
 
 newest_checkpoint() { # marked as complete by its checkpoint.json, which is written last
   local mark
-  mark=$(find "$work/output" -path '*/checkpoint-*/checkpoint.json' 2>/dev/null | sort -V | tail -n 1)
+  mark=$(find "$output" -path '*/checkpoint-*/checkpoint.json' 2>/dev/null | sort -V | tail -n 1)
   [[ $mark ]] && dirname "$mark"
 }
 
@@ -151,6 +151,13 @@ if [[ $(uname) != Linux || $EUID != 0 ]] || ! command -v ip >/dev/null; then
   exit 77
 fi
 work=$(mktemp -d)
+mkdir "$work/disk" "$work/shared"
+output=$work/shared/output mounting=:
+if [[ ${STALE:-} ]]; then
+  if ! command -v bindfs >/dev/null; then echo "STALE needs the program bindfs: left out" && exit 77; fi
+  output=$work/disk/output # as the server sees it; ip netns exec gives each machine mounts of its own
+  mounting="bindfs -o attr_timeout=$STALE,entry_timeout=$STALE,negative_timeout=$STALE '$work/disk' '$work/shared'"
+fi
 trap clean EXIT
 trap 'failed=1; exit 130' INT TERM
 if ! lay_cable 2>"$work/ip.log"; then
@@ -209,7 +216,7 @@ for rank in 0 1; do
   check "node $rank finishes ($(ended $rank && after $rank "$resumed"))" code_is $rank 0
   check "node $rank says nothing of an error" eval "! grep -q '^error:' '$work/third-$rank.log'"
 done
-check "what was trained can be read" readable "$work/output"
+check "what was trained can be read" readable "$output"
 logged=$(grep -o "'loss'" "$work/third-0.log" | wc -l) # one for each step
 check "it went on from step ${last##*-} to $steps, with $logged steps" test "$logged" = $((steps - ${last##*-}))
 if ((failed)); then tail -n 5 "$work"/third-*.log && exit 1; fi

@@ -15,8 +15,9 @@ import shutil
 import signal
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[i]) for i in (2, 1)]
 import finetune  # noqa: E402
+from helpers import leave_pictures_out  # noqa: E402
 from recipe.training import checkpoints, staging  # noqa: E402
 
 CHANGES = {"os.mkdir": 0, "os.rename": 0, "os.remove": 0, "os.rmdir": 0, "os.chmod": 0, "shutil.rmtree": 0}
@@ -67,6 +68,7 @@ def forked(function):
 
 
 def main(results, output, *words):
+    leave_pictures_out()
     train = lambda *more: finetune.train([*words, "--output_dir", output, *more])  # noqa: E731
     log = pathlib.Path(results).with_suffix(".events")
     imported = pathlib.Path(results).with_suffix(".modules")

@@ -25,7 +25,7 @@ console.configure_libraries()  # as the program does, before the libraries are i
 import transformers  # noqa: E402
 
 import finetune  # noqa: E402
-from helpers import call_back  # noqa: E402
+from helpers import call_back, leave_pictures_out  # noqa: E402
 
 
 class Signal(transformers.TrainerCallback):
@@ -91,6 +91,7 @@ def forked(function, log):
 
 def main(cases, results):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, lets programs ignore it
+    leave_pictures_out()
     cases = json.loads(pathlib.Path(cases).read_text())
     imported = pathlib.Path(results).with_suffix(".modules")
     first = next(iter(cases.values()))["words"]

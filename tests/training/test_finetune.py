@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from helpers import ROWS, argv, history, parse, write
+from helpers import ROOT, ROWS, argv, history, parse, run_forked, write
 from recipe.console import UserError
 from recipe.dataset.conversations import Conversations
 from recipe.dataset.encoding import ChatEncoder
@@ -28,6 +28,7 @@ def rows(tmp_path):
 # Training and what it leaves behind
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("mode", [[], ["--use_lora"], ["--q_lora"]], ids=["full", "lora", "qlora"])
 @pytest.mark.parametrize("checkpointing", ["False", "True"])
 def test_training_lowers_the_loss_and_saves_a_complete_folder(tiny_model, rows, tmp_path, mode, checkpointing):
@@ -83,20 +84,23 @@ def test_adapters_load_with_plain_peft_in_a_fresh_process_and_have_the_loss_that
     finetune.train(argv(tiny_model, rows, out, "--dump_tokens", tmp_path / "tokens.jsonl"))
     program = (
         "import json, sys, torch, peft\n"
-        "model = peft.AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
-        "total = count = 0\n"
-        "for row in map(json.loads, open(sys.argv[2])):\n"
-        "    labels = torch.tensor([row['labels']])\n"
-        "    with torch.no_grad():\n"
-        "        loss = model(input_ids=torch.tensor([row['input_ids']]), labels=labels).loss.item()\n"
-        "    supervised = int((labels != -100).sum())\n"
-        "    total, count = total + loss * supervised, count + supervised\n"
-        "print(total / count)\n"
+        "for folder in sys.argv[2:]:\n"
+        "    model = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)\n"
+        "    total = count = 0\n"
+        "    for row in map(json.loads, open(sys.argv[1])):\n"
+        "        labels = torch.tensor([row['labels']])\n"
+        "        with torch.no_grad():\n"
+        "            loss = model(input_ids=torch.tensor([row['input_ids']]), labels=labels).loss.item()\n"
+        "        supervised = int((labels != -100).sum())\n"
+        "        total, count = total + loss * supervised, count + supervised\n"
+        "    print(total / count)\n"
     )
-    for folder, logged in ((out, history(out, "eval_loss")[-1]), (out / "best", min(history(out, "eval_loss")))):
-        command = [sys.executable, "-c", program, str(folder), str(tmp_path / "tokens.jsonl")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert float(done.stdout) == pytest.approx(logged, rel=1e-5), done.stderr[-2000:]
+    command = [sys.executable, "-c", program, str(tmp_path / "tokens.jsonl"), str(out), str(out / "best")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    logged = history(out, "eval_loss")
+    assert list(map(float, done.stdout.split())) == pytest.approx([logged[-1], min(logged)], rel=1e-5), done.stderr[
+        -2000:
+    ]
 
 
 def test_an_adapter_holds_lora_weights_alone_in_float32(tiny_model, rows, tmp_path):
@@ -414,13 +418,17 @@ def test_evaluating_outside_training_leaves_best_as_it_is(tiny_model, rows, tmp_
     assert json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())["step"] == 0
 
 
+@pytest.mark.slow
 def test_workers_that_stay_evaluate_each_file_on_its_own_rows(tiny_model, rows, tmp_path):
+    """In processes of their own: torch waits 5 seconds for each worker that stayed, when its loader is collected."""
     other = write(tmp_path / "other.jsonl", ROWS[:3])
     losses = []
     for workers in (0, 1):
         out = tmp_path / f"{workers} workers"
         stay = ["--dataloader_num_workers", workers, "--dataloader_persistent_workers", bool(workers)]
-        finetune.train(argv(tiny_model, rows, out, "--eval_data_path", rows, other, "--max_steps", 4, *stay))
+        words = argv(tiny_model, rows, out, "--eval_data_path", rows, other, "--max_steps", 4, *stay)
+        codes, said = run_forked(tmp_path, ROOT / "finetune.py", words, 1)
+        assert codes == [0], said
         losses.append([history(out, key) for key in ("eval_rows_loss", "eval_other_loss", "eval_loss")])
     assert losses[0] == losses[1] and losses[0][0] != losses[0][1] and len(losses[0][0]) == 2
 

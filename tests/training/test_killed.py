@@ -1,13 +1,10 @@
 """A run that is killed at any file of its first, a middle or its last checkpoint goes on to the end it would have had."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from helpers import ROOT, ROWS, argv, write
+from helpers import ROOT, ROWS, argv, run_forked, write
 
 pytestmark = pytest.mark.slow
 
@@ -20,12 +17,9 @@ def results(tiny_model, tmp_path_factory):
     words = argv(tiny_model, data, "", "--use_lora", "--use_cpu", "True", "--max_steps", 3, "--save_steps", 1)
     place = words.index("--output_dir")
     words = [*words[:place], *words[place + 2 :], "--save_strategy", "steps", "--save_total_limit", "1"]
-    command = [ROOT / "tests" / "training" / "killed.py", folder / "results.json", folder / "out", *words]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=800, cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    more = [folder / "results.json", folder / "out", *words]
+    codes, said = run_forked(folder, ROOT / "tests" / "training" / "killed.py", more, 1)
+    assert codes == [0], said[-3000:]
     return json.loads((folder / "results.json").read_text())
 
 

@@ -1,7 +1,6 @@
 """What the estimate says is what torch keeps: every part of it is held against bytes that are counted here."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from training.memory_of_ranks import storages
 
 import finetune
 from benchmarks import memory_table
-from helpers import ROOT, argv, write
+from helpers import ROOT, argv, run_forked, write
 from recipe.distributed.engines import ENGINES, ONE_PROCESS, Mode
 from recipe.model import loss
 from recipe.training import memory, start_report
@@ -320,12 +319,8 @@ def test_a_rank_holds_what_is_estimated(label, small_tokenizer, tmp_path, prepar
         jobs[mode] = [*words, *map(str, RANKS[label]), *["--use_cpu", "True"] * (not RANKS[label])]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     program = ROOT / "tests" / "training" / "memory_of_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program]
-    done = subprocess.run(
-        [*command, tmp_path / "jobs.json", tmp_path / "results.json"], capture_output=True, text=True, timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-8000:]
+    codes, said = run_forked(tmp_path, program, [tmp_path / "jobs.json", tmp_path / "results.json"], 2)
+    assert codes == [0, 0], said[-8000:]
     results = json.loads((tmp_path / "results.json").read_text())
     for mode, size in sizes.items():
         parts = memory.estimate(size, engine, mode, 2, 100, dtype=torch.float32, device="cpu")
