@@ -398,26 +398,26 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
         UserError: The files cannot be written, or do not hold what was trained; on all ranks.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    problem, names, adapter = None, None, hasattr(model, "peft_config")
     if engines.engine_of(args).deepspeed_stage == 3:
         trainer.model_wrapped.empty_partition_cache()  # generation may have left weights gathered
-    # ZeRO-3 and FSDP2: each rank holds a part of each tensor, and all take part in putting it together.
-    state = weights.gather_state_dict(model, keep=args.should_save, rows=rows)
-    problem, names, adapter = None, None, hasattr(model, "peft_config")
+    layers = weights.gather(model, args.should_save, rows)  # ZeRO-3 and FSDP2: each rank holds a part of each tensor
     if args.should_save:
         try:
-            weights.refuse_infinite(state)  # before anything good is written over
-            if not adapter:  # what was not trained comes out as it went in
+            checked = map(weights.refuse_infinite, layers)  # before anything good is written over
+            if adapter or rows:
+                trainer._save(output_dir, state_dict=(state := next(checked)))
+                state = weights.adapter_state_dict(model, state) if adapter else state
+            else:
                 base = BaseFiles(model, args.cache_dir)
                 names = base.names()
-                state |= base.unchanged() if rows is None else {}
-                base.copy_processor(output_dir)
-            trainer._save(output_dir, state_dict=state)
-            written = weights.adapter_state_dict(model, state) if adapter else state
-            checkpoints.verify_saved(output_dir, written, trainer.weights_have_moved(), names if rows is None else None)
+                with base.written(output_dir, checked) as state:
+                    trainer._save(output_dir, state_dict={})
+            checkpoints.verify_saved(output_dir, state, trainer.weights_have_moved(), names)
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
-    weights.raise_on_all_ranks(problem)  # the others would wait for rank 0 in the next collective
+    weights.raise_on_all_ranks(problem, layers)  # the others would wait for rank 0 in the next collective
 
 
 def train(argv: list[str] | None = None) -> dict[str, float]:

@@ -27,12 +27,11 @@ model, data, limit, found = sys.argv[1:]
 def count(server, chat):
     with open(data, encoding="utf-8") as file:
         rows = [json.loads(line)["messages"] for line in file][: int(limit)]
-    exact = 0
-    for *messages, wanted in rows:
-        answer = chat({"messages": messages, "temperature": 0, "max_tokens": 96})["choices"][0]["message"]["content"]
-        exact += answer.strip() == wanted["content"].strip()
+    asked = [{"messages": messages, "temperature": 0, "max_tokens": 96} for *messages, _ in rows]
+    answers = [chat(request)["choices"][0]["message"]["content"].strip() for request in asked]
+    exact = sum(answer == row[-1]["content"].strip() for answer, row in zip(answers, rows))
     with open(found, "w") as file:
-        json.dump({"prompts": len(rows), "exact": exact, server: importlib.metadata.version(server)}, file)
+        json.dump({"answers": answers, "exact": exact, server: importlib.metadata.version(server)}, file)
 """
 LLAMA_CPP = """
 from xllamacpp import CommonParams, Server
@@ -88,9 +87,11 @@ def main() -> None:
         subprocess.run(
             [python, "-c", program, model, args.data, str(args.limit), found], check=True, stderr=subprocess.DEVNULL
         )
+        counted = json.loads(found.read_text())
         result = {
             "server": args.server,
-            **json.loads(found.read_text()),
+            "prompts": len(counted.pop("answers")),
+            **counted,
             "merged_with_transformers": importlib.metadata.version("transformers"),
             "date": datetime.date.today().isoformat(),
         }

@@ -77,9 +77,11 @@ class Life:
     def growth(self):
         """Return {name: the last quarter's value over the second's}: medians of memory, the most of what is counted."""
         quarter = len(self.held) // 4
-        second, last = (list(zip(*part)) for part in (self.held[quarter : 2 * quarter], self.held[-quarter:]))
+        second, last = (
+            list(zip(*part, strict=True)) for part in (self.held[quarter : 2 * quarter], self.held[-quarter:])
+        )
         measures = {"memory": statistics.median, "descriptors": max, "threads": max}
-        return {name: round(of(b) / of(a), 4) for (name, of), a, b in zip(measures.items(), second, last)}
+        return {name: round(of(b) / of(a), 4) for (name, of), a, b in zip(measures.items(), second, last, strict=True)}
 
 
 def curve(output):
@@ -116,7 +118,7 @@ def soak(work, minutes, seed):
     undisturbed = Life(words("undisturbed", steps))
     if undisturbed.code:
         raise SystemExit("".join(undisturbed.said))
-    expected, ends, failed, lost = curve(work / "undisturbed"), collections.Counter(), [], 0
+    expected, ends, failed = curve(work / "undisturbed"), collections.Counter(), []
     while True:
         number = chance.choice(list(CODES))
         after, moment = chance.randint(5, max(6, 2 * steps // LIVES)), chance.uniform(0, 3 * each)

@@ -32,6 +32,16 @@ for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # as in 
     os.environ.setdefault(name, "128")
 
 
+def pytest_collection_modifyitems(items):
+    """Put slow tests first in each half, as two workers begin with a half each: then no long one is left at the end."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    later = [item for item in slow if item.path.parent.name in ("distributed", "training")]
+    first = [item for item in slow if item not in later]
+    half = max(0, len(items) // 2 - len(first))
+    items[:] = first + quick[:half] + later + quick[half:]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def imported():
     """Import what all tests use, and let the garbage collections of the libraries pass over it: each took 0.3 s."""

@@ -360,7 +360,8 @@ def fsdp_config(args: TrainingArguments) -> Settings:
     if int(config.setdefault("version", 2)) != 2:
         raise UserError(f"--fsdp_config: version {config['version']} is not supported; use 2.")
     config.setdefault("cpu_ram_efficient_loading", True)
-    config.setdefault("state_dict_type", "FULL_STATE_DICT")
+    # In a checkpoint of full training each rank writes its part; an adapter is small, and whole.
+    config.setdefault("state_dict_type", "FULL_STATE_DICT" if args.use_lora else "SHARDED_STATE_DICT")
     return config
 
 

@@ -1,5 +1,7 @@
 """Whole weights from the parts that an engine holds: counted, gathered for saving, checked for finite values."""
 
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,17 +30,23 @@ def gather_full(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def raise_on_all_ranks(problem: str | None) -> None:
+def raise_on_all_ranks(problem: str | None, collectives: Iterable[Any] = ()) -> None:
     """Raise on all ranks what one of them found: if one rank alone ended, the others would wait for it forever.
 
     Args:
         problem: A sentence, or None.
+        collectives: What all ranks have to go through first; one that has a problem has left it.
 
     Raises:
         UserError: A rank has a problem; that of the lowest such rank.
     """
     from accelerate.utils import gather_object
 
+    try:
+        for _ in collectives:
+            pass
+    except UserError as error:
+        problem = problem or str(error)
     problems = [problem for problem in gather_object([problem]) if problem]
     if problems:
         raise UserError(problems[0])
@@ -49,7 +57,8 @@ def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[s
 
     An adapter whose start changed the base is converted, see `adapter.as_plain`.
 
-    The parts of one tensor at a time are put together: a GPU holds one whole tensor, main memory one model.
+    The parts of one tensor at a time are put together: a GPU holds one whole tensor, main memory one model. See
+    `gather` for a model that is too large for that.
 
     Args:
         model: The unwrapped model; of one with an adapter only what belongs to the adapter is gathered.
@@ -81,6 +90,37 @@ def gather_state_dict(model: Any, keep: bool, rows: int | None = None) -> dict[s
     return as_plain(model, state)
 
 
+def gather(model: Any, keep: bool, rows: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """Gather the weights to save: an adapter at once, a whole model layer by layer. Every rank must take all of them.
+
+    Args:
+        model, keep, rows: As in `gather_state_dict`; a whole model with `rows` comes at once, too.
+
+    Yields:
+        {name: tensor} of the adapter, or, in main memory, of one layer or of one tensor outside the layers. Of a weight
+        with several names only the first is there. Without `keep` empty.
+    """
+    if hasattr(model, "peft_config") or rows:
+        yield gather_state_dict(model, keep, rows)
+        return
+    parts: dict[str, dict[str, Any]] = {}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            name = name.replace("_checkpoint_wrapped_module.", "")
+            layer = re.match(r".*?\.\d+\.", name)
+            parts.setdefault(layer[0] if layer else name, {})[name] = tensor
+    for part in parts.values():
+        whole = {}
+        for name, tensor in part.items():
+            full = gather_full(tensor)
+            if keep:
+                whole[name] = full.cpu()
+            del full
+        yield whole
+
+
 def adapter_state_dict(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return what peft writes of these tensors of a model, under the names that it writes."""
     from peft import get_peft_model_state_dict
@@ -101,8 +141,8 @@ def _of_adapter(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return {name: tensor for name, tensor in tensors.items() if name in trained or id(tensor) in saved}
 
 
-def refuse_infinite(weights: dict[str, torch.Tensor]) -> None:
-    """Refuse weights to save that are not finite.
+def refuse_infinite(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights to save, if they are finite.
 
     Raises:
         UserError: The first such tensor.
@@ -110,3 +150,4 @@ def refuse_infinite(weights: dict[str, torch.Tensor]) -> None:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{name} is no longer finite; nothing was written. Lower --learning_rate.")
+    return weights

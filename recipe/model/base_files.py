@@ -4,10 +4,11 @@ A vision tower is frozen, the layers `mtp.*` that predict further tokens are not
 an image processor is none of the tokenizer's files; a server needs all of them beside the trained weights.
 """
 
+import contextlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from recipe.console import UserError
+from recipe.model.weight_files import ShardWriter
 
 
 class Names(NamedTuple):
@@ -81,7 +83,8 @@ class BaseFiles:
 
     def __init__(self, model: PreTrainedModel, cache_dir: str | None = None):
         self.model, self.cache_dir = model, cache_dir
-        self.tensors, shapes = {}, {}
+        self.tensors = {}
+        shapes: dict[str, list[int]] = {}
         for path in self._weight_files():
             with safe_open(path, "pt") as file:
                 self.tensors.update({name: (path, name) for name in file.keys()})
@@ -127,20 +130,41 @@ class BaseFiles:
             )
         return Names(set(self._written) | set(self.tensors), shared)
 
-    def unchanged(self) -> dict[str, Tensor]:
-        """Read {name: tensor} of the frozen weights, by their names in the model, and of those that are not loaded."""
+    def unchanged(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read {name: tensor} of the frozen weights among these, by their names in the model."""
         file_names = {id(shape): name for name, shape in self._written.items()}
-        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
-        sources = {name: file_names.get(id(self._shapes[name])) for name in frozen}
-        sources |= {name: name for name in self.tensors.keys() - self._written.keys()}
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        sources = {name: file_names.get(id(self._shapes[name])) for name in frozen.intersection(names)}
         return {name: self._read(source) for name, source in sources.items() if source in self.tensors}
+
+    @contextlib.contextmanager
+    def written(self, folder: str, layers: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Write a whole model as `save_pretrained` would, in memory of one file; what was not trained as it went in.
+
+        Args:
+            folder: where to write. What was there before stays until the end of the context, after an error for good.
+            layers: {name in the model: tensor} of each layer.
+
+        Yields:
+            {name: tensor without numbers} of what was written.
+        """
+        with ShardWriter(folder) as writer:
+            for layer in layers:
+                state = layer | self.unchanged(layer)
+                for name in self.model._keys_to_ignore_on_save or ():
+                    state.pop(name, None)
+                writer.add(revert_weight_conversion(self.model, state))
+            writer.add({name: self._read(name) for name in sorted(self.tensors.keys() - self._written.keys())})
+            writer.flush()
+            self._copy_processor(folder)
+            yield writer.written
 
     def _read(self, name):
         path, there = self.tensors[name]
         with safe_open(path, "pt") as file:
             return file.get_tensor(there)
 
-    def copy_processor(self, folder: str) -> None:
+    def _copy_processor(self, folder: str) -> None:
         """Copy the configurations of the image and video processors into a folder."""
         os.makedirs(folder, exist_ok=True)
         for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):

@@ -1,8 +1,11 @@
 """Rotary positions beyond the window that a model was trained with."""
 
+import json
 import math
+import os
 
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from recipe.console import UserError, say
 
@@ -49,6 +52,31 @@ def extend_window(config: PreTrainedConfig, kind: str | None, length: int) -> No
 def is_extended(config: PreTrainedConfig) -> bool:
     """Return True if a text configuration has a window that `extend_window`, or its publisher, has extended."""
     return any(ORIGINAL in rope for rope in _unlimited(config))
+
+
+def write_old_names(folder: str) -> None:
+    """Name the rotary parameters in config.json as transformers 4 does, too, which takes its own default in silence.
+
+    Args:
+        folder: folder with a config.json, or without.
+    """
+    path = os.path.join(folder, CONFIG_NAME)
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    for part in filter(None, (config, config.get("text_config"))):
+        found = part.get("rope_parameters") or {}
+        rope = found.get("full_attention") or found
+        if not isinstance(rope.get("rope_theta"), (int, float)):
+            continue
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        part["rope_theta"] = rope["rope_theta"]
+        part["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        if "sliding_attention" in found:
+            part["rope_local_base_freq"] = found["sliding_attention"]["rope_theta"]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _unlimited(config):

@@ -4,9 +4,11 @@ The format (https://github.com/huggingface/safetensors#format): 8 bytes with the
 JSON, {name: {dtype, shape, data_offsets}}, and the numbers of all tensors one after the other.
 """
 
+import contextlib
+import glob
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -108,6 +110,75 @@ class WeightFiles:
                     continue
                 tensor = changed[name](FLOATS[kind]) if name in changed else self.read(name)
                 _append(target, name, tensor, FLOATS[kind])
+
+
+class ShardWriter:
+    """Writes the weights of a model to files of a size, as they come; a context that gives them their names at its end.
+
+    An error leaves the folder as it was.
+
+    Args:
+        folder: where to write.
+
+    Attributes:
+        written: {name: tensor without numbers} of all tensors so far.
+    """
+
+    LARGEST = 5 * 10**9  # bytes of a file with several tensors
+
+    def __init__(self, folder: str):
+        self.folder, self.written = folder, {}
+        self._files: list[list[str]] = []
+        self._next: dict[str, torch.Tensor] = {}
+        os.makedirs(folder, exist_ok=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write these tensors, {name in the file: tensor}, or keep them until a file is full."""
+        for name, tensor in tensors.items():
+            if self._next and _bytes(self._next.values()) + tensor.nbytes > self.LARGEST:
+                self.flush()
+            self._next[name] = tensor.contiguous()
+            self.written[name] = torch.empty_like(tensor, device="meta")
+
+    def flush(self) -> None:
+        """Write what has been kept."""
+        from safetensors.torch import save_file
+
+        if self._next:
+            save_file(self._next, self._unfinished(len(self._files)), metadata={"format": "pt"})
+            self._files.append(list(self._next))
+            self._next.clear()
+
+    def _unfinished(self, number):
+        return os.path.join(self.folder, f"unfinished-{number}.safetensors")
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+        count, places = len(self._files), {}
+        if kind:
+            for number in range(count + 1):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self._unfinished(number))
+            return
+        assert not self._next, "not flushed"
+        for path in glob.glob(os.path.join(glob.escape(self.folder), "model*.safetensors*")):
+            os.remove(path)  # of an earlier save, which may have had more files
+        for number, names in enumerate(self._files):
+            file = f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else SAFE_WEIGHTS_NAME
+            os.replace(self._unfinished(number), os.path.join(self.folder, file))
+            places.update(dict.fromkeys(names, file))
+        if count > 1:
+            index = {"metadata": {"total_size": _bytes(self.written.values())}, "weight_map": places}
+            with open(os.path.join(self.folder, SAFE_WEIGHTS_INDEX_NAME), "w", encoding="utf-8") as target:
+                json.dump(index, target, indent=2, sort_keys=True)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def read_json(path: str) -> dict:

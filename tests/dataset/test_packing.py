@@ -1,5 +1,6 @@
 """--pack_tokens fills rows with whole conversations; attention, compiled layers and checkpointing fit to them."""
 
+import json
 import random
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import finetune
-from helpers import ROOT, UNEVEN_ROWS, argv, history, parse, reference, relative, step, write
+from helpers import UNEVEN_ROWS, argv, history, parse, reference, relative, run_forked, step, write
 from recipe.console import UserError
 from recipe.dataset.collator import Collator
 from recipe.dataset.packing import PackedDataset
@@ -142,12 +143,8 @@ def test_a_model_that_falls_back_to_padded_rows_needs_no_padding_document():
 @pytest.mark.slow
 def test_compiled_layers_change_no_loss_and_no_name(tiny_model, tmp_path):
     """In a process of its own: what torch has compiled and given up is kept for a whole process."""
-    import json
-    import subprocess
-    import sys
-
-    data = write(tmp_path / "rows.jsonl", UNEVEN_ROWS)
-    program = (
+    data, program = write(tmp_path / "rows.jsonl", UNEVEN_ROWS), tmp_path / "program.py"
+    program.write_text(
         "import json, sys, torch, finetune\nfinetune.train(sys.argv[1:])\n"
         "print(json.dumps(torch._dynamo.utils.counters['stats']))"
     )
@@ -155,10 +152,9 @@ def test_compiled_layers_change_no_loss_and_no_name(tiny_model, tmp_path):
     for compiled in ("False", "True"):
         words = argv(tiny_model, data, tmp_path / compiled, "--use_lora", "--lora_dropout", 0, "--max_steps", 4,
                      "--pack_tokens", 256, "--torch_compile", compiled, "--eval_data_path", data)  # fmt: skip
-        root = ROOT
-        done = subprocess.run([sys.executable, "-c", program, *words], cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0 and "recompile_limit" not in done.stderr, done.stderr[-3000:]
-        graphs[compiled] = json.loads(done.stdout.splitlines()[-1]).get("unique_graphs", 0)
+        codes, said = run_forked(tmp_path, program, words, 1)
+        assert codes == [0] and "recompile_limit" not in said, said[-3000:]
+        graphs[compiled] = json.loads(said.splitlines()[-1]).get("unique_graphs", 0)
         losses[compiled] = [history(tmp_path / compiled, key) for key in ("loss", "eval_loss")]
     assert graphs["False"] == 0 < graphs["True"] <= 16  # parts of one layer: more would be each layer by itself
     for plain, compiled in zip(losses["False"], losses["True"], strict=True):

@@ -135,6 +135,9 @@ def jobs(label, folder, tiny_model, qwen3, moe, hybrid, data):
             f"{mode} resumed",
             {"argv": argv(qwen3, again, 1, *resume), "copy": [name / "checkpoint-3", again / "checkpoint-3"]},
         )
+        if ENGINES[label].resumes_with_other_world_size and mode != Mode.QLORA:
+            saved = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", *no_dropout]
+            yield f"{mode} saved", {"argv": argv(tiny_model, folder / f"{mode} saved", 1, *saved)}
         if mode == Mode.LORA:
             stopped = folder / "stopped"
             one = 0 if label == "one process" else 1
@@ -338,6 +341,31 @@ def test_a_resumed_run_takes_the_steps_of_an_unbroken_one(ran, engine, mode):
         json.loads((folder / f"{mode} {how}" / "best" / "metrics.json").read_text()) for how in ("whole", "resumed")
     ]
     assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", [label for label in SHARED if ENGINES[label].resumes_with_other_world_size])
+def test_a_run_goes_on_with_another_number_of_processes(ran, tiny_model, data, engine, tmp_path):
+    jobs = {}
+    for mode in (Mode.FULL, Mode.LORA):
+        words = ["--model_name_or_path", tiny_model, "--data_path", data[0], "--output_dir", tmp_path / mode,
+                 "--bf16", "False", "--per_device_train_batch_size", 2, "--logging_steps", 1, "--learning_rate", "1e-2",
+                 "--disable_tqdm", "True", *FLAGS[engine], "--max_steps", 6, "--resume_from_checkpoint", "auto",
+                 "--save_strategy", "no", *[*MODES[mode], "--lora_dropout", "0"] * (mode == Mode.LORA)]  # fmt: skip
+        checkpoint = ran(engine)["folder"] / f"{mode} saved" / "checkpoint-3"
+        jobs[mode] = {"argv": list(map(str, words)), "copy": [checkpoint, tmp_path / mode / "checkpoint-3"]}
+    left = run_ranks(tmp_path, jobs, 4)
+    assert not left["problem"], left["problem"]
+    for mode in jobs:
+        assert "x 4 ranks" in left[mode]["said"]
+        assert log(left[mode], "loss") == pytest.approx(log(ran(engine)[f"{mode} saved"], "loss"), rel=1e-4), mode
+        assert len(log(left[mode], "loss")) == 6
+
+
+def test_full_training_under_fsdp2_writes_each_ranks_part_and_an_adapter_is_whole(ran):
+    folder = ran("FSDP2")["folder"]
+    parts = {path.name for path in (folder / "full saved" / "checkpoint-3" / "pytorch_model_fsdp_0").glob("*.distcp")}
+    assert parts == {"__0_0.distcp", "__1_0.distcp"}
+    assert (folder / "LoRA saved" / "checkpoint-3" / "pytorch_model_fsdp.bin").exists()
 
 
 @pytest.mark.parametrize("engine", WHOLE)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -152,3 +153,32 @@ def test_positions_that_are_scaled_already_or_by_kind_of_layer_are_extended_righ
         rope.extend_window(qwen, "linear", 8192)
     rope.extend_window(qwen, "yarn", 8192)
     assert qwen.rope_parameters == {**scaled, "factor": 8.0} and qwen.max_position_embeddings == 8192
+
+
+@pytest.mark.parametrize(
+    "config, theta, scaling",
+    [
+        (transformers.Qwen2Config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), 1e6, None),
+        (
+            transformers.Qwen2Config(
+                rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 5e5, rope.ORIGINAL: 1024}
+            ),
+            5e5,
+            {"rope_type": "yarn", "factor": 2.0, rope.ORIGINAL: 1024},
+        ),
+        (transformers.Gemma3Config(), 1e6, None),
+    ],
+    ids=["plain", "yarn", "by layer"],
+)
+def test_a_saved_configuration_names_the_rotary_base_as_transformers_4_does_and_is_still_the_same(
+    tmp_path, config, theta, scaling
+):
+    """transformers 4 takes 10,000 in silence where it does not find `rope_theta`."""
+    config.save_pretrained(tmp_path)
+    rope.write_old_names(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    part = written.get("text_config", written)
+    assert part["rope_theta"] == theta and part["rope_scaling"] == scaling
+    assert part.get("rope_local_base_freq") == (1e4 if "text_config" in written else None)
+    again = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert again.get_text_config().rope_parameters == config.get_text_config().rope_parameters

@@ -3,7 +3,7 @@
 torchrun --nproc_per_node 2 tests/training/memory_of_ranks.py jobs.json results.json
 
 A job is a command line; its result is {kept: bytes of all tensors before the second optimizer step, buckets: bytes that
-DDP reduces in a backward pass, zero: DeepSpeed's own numbers}.
+DDP reduces in a backward pass, zero: DeepSpeed's own numbers, saving: most bytes that saving a whole model took}.
 """
 
 import gc
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import finetune  # noqa: E402
 from recipe import console  # noqa: E402
+from recipe.model.weight_files import ShardWriter  # noqa: E402
 
 
 def storages():
@@ -67,10 +68,17 @@ class Watch(finetune.transformers.TrainerCallback):
 
 
 class Watched(finetune.RecipeTrainer):
+    before_saving = frozenset()
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         watch.trainer = self
         self.add_callback(watch)
+
+    def save_state(self):
+        super().save_state()
+        self.before_saving = storages()
+        finetune.safe_save_model_for_hf_trainer(self, self.args.output_dir)
 
 
 if __name__ == "__main__":
@@ -86,6 +94,16 @@ if __name__ == "__main__":
 
         DeepSpeedEngine.step = counted
     finetune.RecipeTrainer = Watched
+    write, ShardWriter.LARGEST = ShardWriter.flush, 200_000
+
+    def counted_writing(writer):
+        """What is there while a file is written, and was not when it began: see `Watch.result`."""
+        if watch.trainer.before_saving:
+            held = sum(size for _, size in storages() - watch.trainer.before_saving)
+            watch.result["saving"] = max(watch.result.get("saving", 0), held)
+        write(writer)
+
+    ShardWriter.flush = counted_writing
     for name, words in jobs.items():
         AcceleratorState._reset_state()
         watch = Watch()

@@ -8,8 +8,10 @@ import pathlib
 import pickle
 import shutil
 
+import families
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -20,6 +22,7 @@ from recipe.dataset.encoding import ChatEncoder
 from recipe.distributed import weights
 from recipe.distributed.engines import ENGINES
 from recipe.model.base_files import BaseFiles
+from recipe.model.weight_files import ShardWriter
 from recipe.training import checkpoints
 
 
@@ -99,6 +102,44 @@ def test_whole_models_are_checked_shard_by_shard(tiny_model, tmp_path):
     next(iter(sorted(tmp_path.glob("model-*.safetensors")))).unlink()
     with pytest.raises(UserError, match="lacks model-00001"):
         checkpoints.verify_saved(tmp_path, state)
+
+
+def test_a_whole_model_is_written_file_by_file_as_save_pretrained_would(tmp_path, small_tokenizer, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(ShardWriter, "LARGEST", 100_000)
+    # Shared weights, experts that the files hold one by one, a vision tower.
+    for name in ("qwen2", "qwen3_moe", "gemma3"):
+        folder = families.family(name, tmp_path / name, small_tokenizer, torch.float32)
+        kind = AutoModelForCausalLM if name != "gemma3" else transformers.AutoModelForImageTextToText
+        model = kind.from_pretrained(folder)
+        model.save_pretrained(tmp_path / "wanted" / name)
+        wanted = load_file(tmp_path / "wanted" / name / "model.safetensors")
+        out = tmp_path / "out" / name
+        with BaseFiles(model).written(out, weights.gather(model, keep=True)) as state:
+            assert not list(out.glob("model*")) and state.keys() == wanted.keys()
+        files = sorted(out.glob("model-*.safetensors"))
+        assert len(files) > 3 and files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
+        found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+        model.config.save_pretrained(out)
+        again, report = kind.from_pretrained(out, output_loading_info=True)
+        assert not any(report.values()), report
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_a_save_that_fails_leaves_the_weights_that_were_there(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    shutil.copytree(tiny_model, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    layers = weights.gather(model, keep=True)
+    with pytest.raises(UserError, match="no longer finite"), torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+        with BaseFiles(model).written(tmp_path / "out", map(weights.refuse_infinite, layers)):
+            raise AssertionError("never")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 @pytest.mark.parametrize("mode", ["full", "LoRA"])
