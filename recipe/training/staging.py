@@ -9,9 +9,11 @@ A kill at any moment, of the machine as well, loses at most what was being writt
 
 import os
 import shutil
+import tempfile
 
 SAVING = ".saving"
 UNFINISHED = "unfinished"
+OLD = "old "  # begins the names of what is being deleted
 
 
 def unfinished(output_dir: str) -> str:
@@ -37,15 +39,20 @@ def publish(output_dir: str, name: str) -> None:
     os.rename(written, ready)
     _flush(os.path.dirname(ready))
     _take_place(output_dir, name)
-    shutil.rmtree(os.path.join(output_dir, SAVING))
+    _delete(os.path.join(output_dir, SAVING))
 
 
 def discard(output_dir: str, name: str) -> None:
     """Delete a folder; at no moment is a part of it found under its name."""
-    trash = os.path.join(unfinished(output_dir), f"old {name}")
-    os.makedirs(os.path.dirname(trash), exist_ok=True)
-    os.rename(os.path.join(output_dir, name), trash)
-    shutil.rmtree(trash)
+    os.makedirs(unfinished(output_dir), exist_ok=True)
+    trash = tempfile.mkdtemp(prefix=OLD, dir=unfinished(output_dir))
+    os.rename(os.path.join(output_dir, name), os.path.join(trash, name))
+    _delete(trash)
+
+
+def _delete(folder: str) -> None:
+    """Delete a folder as far as possible; on NFS a file that somebody reads stays until it is closed."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover(output_dir: str) -> list[str]:
@@ -60,8 +67,8 @@ def recover(output_dir: str) -> list[str]:
     for name in set(os.listdir(saving)) - {UNFINISHED}:
         _take_place(output_dir, name)
     lost = os.listdir(unfinished(output_dir)) if os.path.isdir(unfinished(output_dir)) else []
-    shutil.rmtree(saving)
-    return sorted(name for name in lost if not name.startswith("old "))
+    _delete(saving)
+    return sorted(name for name in lost if not name.startswith(OLD))
 
 
 def _take_place(output_dir: str, name: str) -> None:

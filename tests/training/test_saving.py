@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ from recipe.distributed import weights
 from recipe.distributed.engines import ENGINES
 from recipe.model.base_files import BaseFiles
 from recipe.model.weight_files import ShardWriter
-from recipe.training import checkpoints
+from recipe.training import checkpoints, staging
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,23 @@ def test_a_save_that_fails_leaves_the_weights_that_were_there(tiny_model, tmp_pa
         with BaseFiles(model).written(tmp_path / "out", map(weights.refuse_infinite, layers)):
             raise AssertionError("never")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_is_replaced_while_somebody_reads_its_files(tmp_path, monkeypatch):
+    """NFS keeps a deleted file that is open, and then refuses to delete its folder."""
+
+    def refuses(folder, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", folder)
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    for number in "123":
+        folder = pathlib.Path(staging.unfinished(str(tmp_path)), "best")
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(number)
+        staging.publish(str(tmp_path), "best")
+        assert (tmp_path / "best" / "file").read_text() == number
+    assert staging.recover(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize("mode", ["full", "LoRA"])
