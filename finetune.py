@@ -26,6 +26,8 @@ if __name__ == "__main__":
     signals.watch()
     console.configure_libraries()  # before the libraries are imported
     gc.disable()  # until main(): imports free hardly any memory, and looking for it takes a fifth of their time
+if "peft" not in sys.modules:
+    console.import_bitsandbytes()
 import numpy as np
 import torch
 import transformers
@@ -273,8 +275,7 @@ def make_datasets(
         held_out = {name: Conversations([source]) for name, source in named_sources(eval_sources).items()}
     options = {"max_length": training_args.model_max_length, "overlong": data_args.overlong}
     options |= {"encoder": encoder, "on_bad_row": data_args.on_bad_row}
-    train_class = LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset
-    train_dataset = train_class(chosen, **options)
+    train_dataset = (LazySupervisedDataset if data_args.lazy_preprocess else SupervisedDataset)(chosen, **options)
     train_dataset.mixture = chosen.mixture(train_dataset.numbers())
     # Evaluation rows are always tokenised in advance: no row may replace another there.
     return train_dataset, {name: SupervisedDataset(part, **options) for name, part in held_out.items()} or None
@@ -294,10 +295,7 @@ def pretrained(model_args: ModelArguments, training_args: TrainingArguments) -> 
 def load_config(
     model_args: ModelArguments, training_args: TrainingArguments, pack_tokens: int | None = None
 ) -> transformers.PreTrainedConfig:
-    """Load the model's configuration, its window extended to --model_max_length if --rope_scaling says how.
-
-    Sets training_args.model_max_length if it is None.
-    """
+    """Load the model's configuration, its window extended by --rope_scaling; sets training_args.model_max_length if None."""
     config = pretrained(model_args, training_args).config()
     window = getattr(config.get_text_config(), "max_position_embeddings", 8192)
     if training_args.model_max_length is None:

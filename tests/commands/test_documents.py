@@ -118,8 +118,9 @@ def test_llama_cpp_answers_with_the_demos_model_as_chat_does(demo, tmp_path):
     served = json.loads(found.read_text())["answers"]
     one = chat.Chat(str(copy / "output" / "demo"), chat.parse(["--model_name_or_path", str(copy / "output" / "demo")]))
     for row, answer in zip(map(json.loads, rows), served, strict=True):
-        one.start(row["messages"][0]["content"])
-        assert one.answer(row["messages"][1]["content"]) == answer == row["messages"][2]["content"]
+        *system, question, wanted = (message["content"] for message in row["messages"])
+        one.start(system[0] if system else None)
+        assert one.answer(question) == answer == wanted
 
 
 def test_the_readme_is_short_and_every_link_leads_somewhere():
