@@ -51,6 +51,7 @@ PRIVATE = [
     (transformers.PreTrainedConfig(), "_attn_implementation"),
     (transformers.PreTrainedConfig(), "_name_or_path"),
     (transformers.PreTrainedModel, "_no_split_modules"),
+    (transformers.PreTrainedModel, "_keys_to_ignore_on_save"),
     (core_model_loading, "revert_weight_conversion"),
     (core_model_loading.WeightConverter, "convert"),
     (peft.utils.constants, "EMBEDDING_LAYER_NAMES"),

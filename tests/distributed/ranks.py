@@ -1,6 +1,6 @@
 """What every rank of test_engines.py runs: many short trainings under one engine, and what is compared of them.
 
-torchrun --nproc_per_node 2 tests/distributed/ranks.py jobs.json results.json
+torchrun --nproc_per_node 2 tests/distributed/ranks.py jobs.json results.json    # by hand; tests start it by forked.py
 """
 
 import contextlib
