@@ -1,14 +1,13 @@
 """Real signals to real processes: what is saved, what is said, the exit code, and how the run goes on."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from helpers import ROOT, ROWS, argv, write
+from helpers import ROOT, ROWS, argv, run_forked, write
 
 pytestmark = pytest.mark.slow
 STEPS = ["--eval_strategy", "steps", "--eval_steps", 2]
@@ -47,10 +46,9 @@ def ran(tiny_model, tmp_path_factory):
     cases["twice"] = {**step, "signals": ["SIGINT", "SIGINT"], "words": words("twice")}
     cases["last step"] = {"when": ["on_step_begin", 8], "signals": ["SIGHUP"], "words": words("last step")}
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, ROOT / "tests" / "training" / "signalled.py", folder / "cases.json", folder / "out.json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    program, words = ROOT / "tests" / "training" / "signalled.py", [folder / "cases.json", folder / "out.json"]
+    codes, said = run_forked(folder, program, words, 1)
+    assert codes == [0], said[-3000:]
     found = json.loads((folder / "out.json").read_text())
     return {name: result | {"folder": folder / name / "out"} for name, result in found.items()}
 
