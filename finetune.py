@@ -413,6 +413,8 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
                     trainer._save(output_dir, state_dict={})
             checkpoints.verify_saved(output_dir, state, trainer.weights_have_moved(), names)
         except Exception as error:
+            if hasattr(error, "in_collective"):
+                raise
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             problem = f"{output_dir}: cannot be saved: {kind}{' '.join(str(error).split())}"
     weights.raise_on_all_ranks(problem, layers)  # the others would wait for rank 0 in the next collective

@@ -1,7 +1,6 @@
 """What every room may use: the error for a user's mistake, printing once a run, and which process this is."""
 
 import atexit
-import contextlib
 import functools
 import logging
 import os
@@ -110,9 +109,12 @@ def import_bitsandbytes() -> None:
         return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
     compile_now, torch.compile = torch.compile, compile_later
-    with contextlib.suppress(ImportError):
+    try:
         import bitsandbytes  # noqa: F401
-    torch.compile = compile_now
+    except ImportError:
+        pass
+    finally:
+        torch.compile = compile_now
 
 
 def say(text: str) -> None:

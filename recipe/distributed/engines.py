@@ -361,7 +361,8 @@ def fsdp_config(args: TrainingArguments) -> Settings:
         raise UserError(f"--fsdp_config: version {config['version']} is not supported; use 2.")
     config.setdefault("cpu_ram_efficient_loading", True)
     # In a checkpoint of full training each rank writes its part; an adapter is small, and whole.
-    config.setdefault("state_dict_type", "FULL_STATE_DICT" if args.use_lora else "SHARDED_STATE_DICT")
+    kind = config.setdefault("state_dict_type", "FULL_STATE_DICT" if args.use_lora else "SHARDED_STATE_DICT")
+    config["state_dict_type"] = str(kind).upper()
     return config
 
 

@@ -99,6 +99,10 @@ def gather(model: Any, keep: bool, rows: int | None = None) -> Iterator[dict[str
     Yields:
         {name: tensor} of the adapter, or, in main memory, of one layer or of one tensor outside the layers. Of a weight
         with several names only the first is there. Without `keep` empty.
+
+    Raises:
+        Exception: what a collective raised, with the attribute `in_collective`: the process has to end, as the other
+            ranks are in the middle of it.
     """
     if hasattr(model, "peft_config") or rows:
         yield gather_state_dict(model, keep, rows)
@@ -112,12 +116,16 @@ def gather(model: Any, keep: bool, rows: int | None = None) -> Iterator[dict[str
             layer = re.match(r".*?\.\d+\.", name)
             parts.setdefault(layer[0] if layer else name, {})[name] = tensor
     for part in parts.values():
-        whole = {}
-        for name, tensor in part.items():
-            full = gather_full(tensor)
-            if keep:
-                whole[name] = full.cpu()
-            del full
+        try:
+            whole = {}
+            for name, tensor in part.items():
+                full = gather_full(tensor)
+                if keep:
+                    whole[name] = full.cpu()
+                del full
+        except Exception as error:
+            error.in_collective = True  # type: ignore[attr-defined]
+            raise
         yield whole
 
 

@@ -142,7 +142,7 @@ class BaseFiles:
         """Write a whole model as `save_pretrained` would, in memory of one file; what was not trained as it went in.
 
         Args:
-            folder: where to write. What was there before stays until the end of the context, after an error for good.
+            folder: where to write. Weights that are there stay until all new ones are written; these stay in any case.
             layers: {name in the model: tensor} of each layer.
 
         Yields:
@@ -154,10 +154,14 @@ class BaseFiles:
                 for name in self.model._keys_to_ignore_on_save or ():
                     state.pop(name, None)
                 writer.add(revert_weight_conversion(self.model, state))
-            writer.add({name: self._read(name) for name in sorted(self.tensors.keys() - self._written.keys())})
+            for name in sorted(self.tensors.keys() - self._written.keys()):
+                writer.add({name: self._read(name)})
             writer.flush()
+        try:
             self._copy_processor(folder)
             yield writer.written
+        finally:
+            writer.finish()
 
     def _read(self, name):
         path, there = self.tensors[name]

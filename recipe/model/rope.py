@@ -54,29 +54,41 @@ def is_extended(config: PreTrainedConfig) -> bool:
     return any(ORIGINAL in rope for rope in _unlimited(config))
 
 
-def write_old_names(folder: str) -> None:
+def write_old_names(config: PreTrainedConfig, folder: str) -> None:
     """Name the rotary parameters in config.json as transformers 4 does, too, which takes its own default in silence.
 
+    Left out where the configuration would no longer be read as what it is, and for kinds that version 4 names otherwise.
+
     Args:
-        folder: folder with a config.json, or without.
+        config: the configuration that was saved.
+        folder: folder with its config.json, or without one.
     """
     path = os.path.join(folder, CONFIG_NAME)
     if not os.path.exists(path):
         return
     with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    for part in filter(None, (config, config.get("text_config"))):
+        text = file.read()
+    content = json.loads(text)
+    for part in filter(None, (content, content.get("text_config"))):
         found = part.get("rope_parameters") or {}
         rope = found.get("full_attention") or found
-        if not isinstance(rope.get("rope_theta"), (int, float)):
+        if not isinstance(rope.get("rope_theta"), (int, float)) or rope.get("rope_type") == "longrope":
             continue
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         part["rope_theta"] = rope["rope_theta"]
-        part["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-        if "sliding_attention" in found:
-            part["rope_local_base_freq"] = found["sliding_attention"]["rope_theta"]
+        part["rope_scaling"] = scaling if scaling.get("rope_type") != "default" or "mrope_section" in scaling else None
+        if "sliding_attention" in found:  # as in Gemma 3
+            part["rope_local_base_freq"] = found["sliding_attention"].get("rope_theta")
     with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    try:
+        again = type(config).from_pretrained(folder).get_text_config()
+        same = again.rope_parameters == config.get_text_config().rope_parameters
+    except Exception:  # of any configuration class
+        same = False
+    if not same:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def _unlimited(config):

@@ -4,7 +4,6 @@ The format (https://github.com/huggingface/safetensors#format): 8 bytes with the
 JSON, {name: {dtype, shape, data_offsets}}, and the numbers of all tensors one after the other.
 """
 
-import contextlib
 import glob
 import json
 import os
@@ -113,9 +112,7 @@ class WeightFiles:
 
 
 class ShardWriter:
-    """Writes the weights of a model to files of a size, as they come; a context that gives them their names at its end.
-
-    An error leaves the folder as it was.
+    """Writes the weights of a model to files of a size, as they come. An error within its context deletes them.
 
     Args:
         folder: where to write.
@@ -130,9 +127,10 @@ class ShardWriter:
         self.folder, self.written = folder, {}
         self._files: list[list[str]] = []
         self._next: dict[str, torch.Tensor] = {}
-        os.makedirs(folder, exist_ok=True)
 
     def __enter__(self) -> "ShardWriter":
+        os.makedirs(self.folder, exist_ok=True)
+        self._delete("unfinished-*.safetensors")  # of a save that was killed
         return self
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -152,21 +150,16 @@ class ShardWriter:
             self._files.append(list(self._next))
             self._next.clear()
 
-    def _unfinished(self, number):
-        return os.path.join(self.folder, f"unfinished-{number}.safetensors")
-
     def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind:
+            self._delete("unfinished-*.safetensors")
+
+    def finish(self) -> None:
+        """Give the files the names under which a model is loaded, in place of an earlier save's."""
         from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+        self._delete(SAFE_WEIGHTS_NAME, "model-?????-of-?????.safetensors", SAFE_WEIGHTS_INDEX_NAME)
         count, places = len(self._files), {}
-        if kind:
-            for number in range(count + 1):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self._unfinished(number))
-            return
-        assert not self._next, "not flushed"
-        for path in glob.glob(os.path.join(glob.escape(self.folder), "model*.safetensors*")):
-            os.remove(path)  # of an earlier save, which may have had more files
         for number, names in enumerate(self._files):
             file = f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else SAFE_WEIGHTS_NAME
             os.replace(self._unfinished(number), os.path.join(self.folder, file))
@@ -175,6 +168,14 @@ class ShardWriter:
             index = {"metadata": {"total_size": _bytes(self.written.values())}, "weight_map": places}
             with open(os.path.join(self.folder, SAFE_WEIGHTS_INDEX_NAME), "w", encoding="utf-8") as target:
                 json.dump(index, target, indent=2, sort_keys=True)
+
+    def _unfinished(self, number):
+        return os.path.join(self.folder, f"unfinished-{number}.safetensors")
+
+    def _delete(self, *patterns):
+        for pattern in patterns:
+            for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
+                os.remove(path)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

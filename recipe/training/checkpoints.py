@@ -186,6 +186,8 @@ def refuse_changed_run(
     then = record_of(checkpoint)
     if "flags" not in then:
         say(f"{checkpoint} has no {COMPLETE} with the flags of its run: what has changed since is not known.")
+    if "state_dict_type" not in then and str(then.get("engine")).startswith(engines.FSDP2.label):
+        then["state_dict_type"] = "FULL_STATE_DICT"  # before it was recorded
     changes: dict[Change, list[str]] = {kind: [] for kind in Change}
     consequences = _consequences(then, now, argument_classes)
     for name in FACTS:

@@ -386,7 +386,7 @@ class RecipeTrainer(transformers.Trainer):
             shutil.copymode(os.path.join(output_dir, GENERATION_CONFIG_NAME), path)  # safetensors lets nobody else read
         if adapter and rope.is_extended(model.config.get_text_config()):
             model.config.save_pretrained(output_dir)  # the base's own file has the window before --rope_scaling
-        rope.write_old_names(output_dir)
+        rope.write_old_names(model.config, output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Keep the card of `run_record`, which the Trainer would replace by a form when it pushes to the hub."""

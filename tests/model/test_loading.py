@@ -167,18 +167,43 @@ def test_positions_that_are_scaled_already_or_by_kind_of_layer_are_extended_righ
             {"rope_type": "yarn", "factor": 2.0, rope.ORIGINAL: 1024},
         ),
         (transformers.Gemma3Config(), 1e6, None),
+        (
+            transformers.Qwen2_5_VLConfig(
+                text_config={
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+                }
+            ),
+            1e6,
+            {"rope_type": "default", "mrope_section": [16, 24, 24]},
+        ),
     ],
-    ids=["plain", "yarn", "by layer"],
+    ids=["plain", "yarn", "by layer", "of three kinds"],
 )
 def test_a_saved_configuration_names_the_rotary_base_as_transformers_4_does_and_is_still_the_same(
     tmp_path, config, theta, scaling
 ):
     """transformers 4 takes 10,000 in silence where it does not find `rope_theta`."""
     config.save_pretrained(tmp_path)
-    rope.write_old_names(tmp_path)
+    rope.write_old_names(config, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     part = written.get("text_config", written)
     assert part["rope_theta"] == theta and part["rope_scaling"] == scaling
-    assert part.get("rope_local_base_freq") == (1e4 if "text_config" in written else None)
+    assert part.get("rope_local_base_freq") == (1e4 if written["model_type"] == "gemma3" else None)
     again = transformers.AutoConfig.from_pretrained(tmp_path)
     assert again.get_text_config().rope_parameters == config.get_text_config().rope_parameters
+
+
+# The first five name the rotary parameters by kind of layer, and some classes take a second name for all of them.
+BY_LAYER = ["gemma4_text", "mellum", "mimo_v2_flash", "modernbert", "gemma3"]
+
+
+@pytest.mark.parametrize("name", [*BY_LAYER, "olmo3", "phi3", "qwen3_next", "qwen3_vl", "gpt_oss", "llama4"])
+def test_old_names_are_left_out_where_a_configuration_would_change_its_meaning(tmp_path, name):
+    config = transformers.CONFIG_MAPPING[name]()
+    config.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    rope.write_old_names(config, tmp_path)
+    after = type(config).from_pretrained(tmp_path).get_text_config()
+    assert after.rope_parameters == config.get_text_config().rope_parameters
+    if name in ("gemma4_text", "mellum", "mimo_v2_flash"):
+        assert (tmp_path / "config.json").read_text() == before
