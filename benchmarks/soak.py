@@ -75,13 +75,12 @@ class Life:
             time.sleep(1)
 
     def growth(self):
-        """Return {name: the last quarter's value over the second's}: medians of memory, the most of what is counted."""
+        """Return {name: the median of the last quarter of the time over that of the second}."""
         quarter = len(self.held) // 4
-        second, last = (
-            list(zip(*part, strict=True)) for part in (self.held[quarter : 2 * quarter], self.held[-quarter:])
-        )
-        measures = {"memory": statistics.median, "descriptors": max, "threads": max}
-        return {name: round(of(b) / of(a), 4) for (name, of), a, b in zip(measures.items(), second, last, strict=True)}
+        second, last = self.held[quarter : 2 * quarter], self.held[-quarter:]
+        medians = [[statistics.median(column) for column in zip(*part, strict=True)] for part in (second, last)]
+        names = ("memory", "descriptors", "threads")
+        return {name: round(b / a, 4) for name, a, b in zip(names, *medians, strict=True)}
 
 
 def curve(output):
