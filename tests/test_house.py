@@ -81,6 +81,25 @@ def test_importing_changes_no_warnings_no_environment_and_no_modules():
     assert done.stdout.strip().splitlines()[-1] == "[true, []]", done.stdout
 
 
+COMPILER = """
+import sys
+import torch
+compile = torch.compile
+import finetune
+import bitsandbytes
+assert torch.compile is compile and "torch._inductor.compile_fx" not in sys.modules
+weight = torch.randn(64, 64)
+again = bitsandbytes.functional.dequantize_4bit(*bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4"))
+assert (again - weight).norm() < 0.2 * weight.norm()
+"""
+
+
+@pytest.mark.slow
+def test_bitsandbytes_is_imported_without_torchs_compiler_and_works():
+    done = subprocess.run([sys.executable, "-c", COMPILER], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_an_upward_import_fails_the_lint(tmp_path):
     import shutil
 

@@ -117,6 +117,7 @@ def test_the_saved_config_is_the_base_models_but_for_the_stop_token(tiny_model, 
     before, after = (json.loads((pathlib.Path(f) / "config.json").read_text()) for f in (tiny_model, tmp_path / "out"))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed <= {"eos_token_id", "pad_token_id", "transformers_version", "dtype", "rope_theta", "rope_scaling"}
+    assert after["rope_theta"] == before["rope_parameters"]["rope_theta"] and after["rope_scaling"] is None
     assert after["use_cache"] is True
 
 

@@ -143,6 +143,25 @@ def test_a_save_that_fails_leaves_the_weights_that_were_there(tiny_model, tmp_pa
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_an_error_after_the_weights_are_written_keeps_them(tiny_model, data, tmp_path, monkeypatch):
+    out, save = tmp_path / "out", finetune.RecipeTrainer._save
+    finetune.train(argv(tiny_model, data, out, "--max_steps", 1))
+    earlier = load_file(out / "model.safetensors")
+    (out / "unfinished-7.safetensors").write_bytes(b"of a save that was killed")
+
+    def full_disk(self, output_dir, state_dict):
+        save(self, output_dir, state_dict)
+        if pathlib.Path(output_dir) == out:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(finetune.RecipeTrainer, "_save", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        finetune.train(argv(tiny_model, data, out, "--max_steps", 2))
+    later = load_file(out / "model.safetensors")
+    assert later.keys() == earlier.keys() and any(not torch.equal(later[name], earlier[name]) for name in later)
+    assert not list(out.glob("unfinished-*"))
+
+
 def test_a_folder_is_replaced_while_somebody_reads_its_files(tmp_path, monkeypatch):
     """NFS keeps a deleted file that is open, and then refuses to delete its folder."""
 
@@ -537,6 +556,18 @@ def test_another_engine_or_number_of_processes_is_resumed_where_the_engine_can(t
             checkpoints.refuse_changed_run(str(tmp_path), {**resumed, "processes": 4}, finetune.ARGUMENTS, False)
     elif then == now:
         checkpoints.refuse_changed_run(str(tmp_path), {**resumed, "processes": 4}, finetune.ARGUMENTS, False)
+
+
+def test_a_checkpoint_of_wholes_is_not_resumed_as_one_of_parts(tmp_path):
+    facts = {**dict.fromkeys(checkpoints.FACTS, "same"), "mode": "full", "engine": "FSDP2", "flags": {}}
+    older = {name: fact for name, fact in facts.items() if name != "state_dict_type"}  # before it was recorded
+    now = {**facts, "state_dict_type": "SHARDED_STATE_DICT"}
+    for then in (older, {**facts, "state_dict_type": "FULL_STATE_DICT"}):
+        (tmp_path / checkpoints.COMPLETE).write_text(json.dumps(then))
+        with pytest.raises(UserError, match=r"the state_dict_type \(FULL_STATE_DICT then, SHARDED_STATE_DICT now\)"):
+            checkpoints.refuse_changed_run(str(tmp_path), now, finetune.ARGUMENTS, False)
+    (tmp_path / checkpoints.COMPLETE).write_text(json.dumps(now))
+    checkpoints.refuse_changed_run(str(tmp_path), now, finetune.ARGUMENTS, False)
 
 
 def test_rows_that_are_skipped_on_resume_are_not_tokenised(tiny_model, tmp_path, monkeypatch):
