@@ -47,6 +47,7 @@ from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, quantised, rope
 from recipe.model.base_files import BaseFiles
 from recipe.training import answers, checkpoints, interruption, out_of_memory, start_report
+from recipe.training.plan import Plan
 from recipe.training.run_record import RunRecord
 from recipe.training.trainer import RecipeTrainer
 
@@ -61,8 +62,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = flag(None, "Folder or hub name of the model to start from. Required.")
     attn_implementation: str = flag("auto",
-        "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... auto takes packed, which computes each "
-        "conversation by itself, or what suits the model's layers.")
+        "Attention kernel: auto, packed, sdpa, eager, flash_attention_2 ... auto takes what suits the model's layers.")
     chat_template: str | None = flag(None,
         "Jinja file of a chat template to use, and to save, in place of the model's.")
     rope_scaling: str | None = flag(None,
@@ -123,17 +123,20 @@ class TrainingArguments(transformers.TrainingArguments):
     use_lora: bool = flag(False, "Train a LoRA adapter instead of all weights; it needs far less memory.")
     padding_free: bool = flag(True,
         "Put the conversations of a micro-batch side by side in one row; False pads them to one length.")
+    activation_offloading: bool | None = flag(None,
+        "Layers' inputs wait in main memory (CPU: files). If not set, where it would not fit.", nargs="?", const=True)
+    tiled_mlp: bool | None = flag(None,
+        "Feed-forward layers take long rows in pieces. If not set, where it would not fit.", nargs="?", const=True)
     bf16: bool | None = flag(None,
         "Compute in bfloat16. If not set, where the hardware is fast in it.", nargs="?", const=True)
     fp16: bool | None = flag(None, "Compute in float16. If not set, on GPUs without bfloat16.", nargs="?", const=True)
     optim: OptimizerNames = flag("adamw_torch",
         "Optimizer, by its transformers name; adamw_8bit and adafactor save memory in full training.", metavar="NAME")
     lr_scheduler_type: SchedulerType = flag("cosine",
-        "Learning-rate schedule, by its transformers name; constant_with_warmup for a run of unknown length.",
-        metavar="NAME")
+        "Learning-rate schedule of transformers; constant_with_warmup for an unknown length.", metavar="NAME")
     save_total_limit: int | None = flag(2, "Newest checkpoints to keep; 0 keeps all.", at_least=0)
     save_on_signal: bool = flag(True,
-        "Save a checkpoint when a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) ends the run; a second Ctrl-C ends it at once.")
+        "Save a checkpoint when a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) ends the run; a second Ctrl-C ends at once.")
     stall_minutes: float = flag(30,
         "Minutes without progress after which a rank prints where it stands and ends the run; 0: never.", at_least=0)
     logging_steps: float = flag(10, "Optimizer steps between two lines of the log; below 1, a share of all steps.")
@@ -167,8 +170,7 @@ class LoraArguments:
         "Names of the layers to adapt, such as q_proj v_proj, or one regular expression. If not set, all linear layers "
         "except the output head, routers and gates.")
     lora_experts: bool = flag(False,
-        "Adapt the routed experts of a mixture, too, each at rank lora_r / experts per token and without dropout; "
-        "the adapter gets several times larger.")
+        "Adapt routed experts, too, at rank lora_r / experts per token, without dropout; several times larger.")
     lora_weight_path: str = flag("", "Folder of an adapter to continue from; its rank and layers are kept.")
     lora_bias: Literal["none", "all", "lora_only"] = flag("none",
         "Biases to train with the adapter; unless none, the base model changes even without the adapter.")
@@ -178,8 +180,7 @@ class LoraArguments:
     modules_to_save: list[str] | None = flag(None,
         "Layers to train and save whole beside the adapter, such as lm_head; some servers refuse such adapters.")
     init_lora_weights: str = flag("true",
-        "Initial adapter: true (no change of the model), gaussian, pissa, olora or orthogonal. pissa at times "
-        "learns faster, and changes the base model.")
+        "Initial adapter: true (changes nothing), gaussian, pissa (at times faster; changes the base), olora, orthogonal.")
     trainable_token_indices: list[int] | None = flag(None,
         "Ids of tokens whose embeddings are trained; for a base model new to the template's control tokens.")
 
@@ -470,13 +471,12 @@ def run(
         questions=answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder),
         metric=answers.load_metric(data_args.metric) if data_args.metric else None,
     )  # fmt: skip
-    if training_args.gradient_checkpointing is None:
-        start_report.choose_checkpointing(trainer, compute_dtype, lora_args)
-    # Only now is it known whether checkpointing is on, and the start block's memory depends on it.
+    plan = Plan(trainer, compute_dtype, lora_args)
+    plan.choose()
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
-    start_report.refuse_full_disk(trainer, compute_dtype)
-    say(start_report.describe(trainer, compute_dtype, lora_args))
-    with about.reporting(trainer), trainer.stalls, out_of_memory.explained(trainer, compute_dtype, lora_args):
+    start_report.refuse_full_disk(plan)
+    say(start_report.describe(plan))
+    with about.reporting(trainer), trainer.stalls, out_of_memory.explained(plan):
         with interruption.deferred(training_args):
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
             safe_save_model_for_hf_trainer(trainer, training_args.output_dir)

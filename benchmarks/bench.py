@@ -130,9 +130,9 @@ class Clock:
 
 def watched(callback):
     """Give the recipe's Trainer one more callback, and let its peaks of memory include what loading takes."""
-    from recipe.training import memory, trainer
+    from recipe.training import resources, trainer
 
-    memory.start_peak = lambda device: None
+    resources.start_peak = lambda device: None
     create = trainer.RecipeTrainer.__init__
 
     def with_callback(self, *args, **kwargs):

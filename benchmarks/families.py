@@ -5,7 +5,8 @@ python benchmarks/families.py --family qwen3 qwen3_5 --engine FSDP2  # these cel
 python benchmarks/families.py table                                  # what docs/families.md shows
 
 A cell is a family, what is trained of it, and an engine. It takes two optimizer steps on rows of unequal length, in
-float32 on the CPU, with two ranks under each engine that shares the training out.
+float32 on the CPU, with two ranks under each engine that shares the training out, and the second step once more from the
+checkpoint of the first. Losses and weights are held against plain torch, which computes one conversation at a time.
 """
 
 import argparse
@@ -13,17 +14,20 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import bitsandbytes
+import peft
 import torch
 import transformers
+from safetensors.torch import load_file
+from torch import Tensor
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -37,6 +41,7 @@ from recipe.dataset.conversations import Conversations  # noqa: E402
 from recipe.dataset.encoding import ChatEncoder  # noqa: E402
 from recipe.distributed.engines import ENGINES, Mode  # noqa: E402
 from recipe.model import loading  # noqa: E402
+from recipe.training import merging  # noqa: E402
 
 RESULTS = FOLDER / "families.jsonl"
 FAMILIES = {  # model_type in config.json, and a variant: models of it
@@ -64,6 +69,10 @@ FAMILIES = {  # model_type in config.json, and a variant: models of it
     "qwen4_exp": "Qwen4-Exp",
     "kimi_linear": "Kimi-Linear",
 }
+MIXTURES = {  # families whose routed experts can be adapted
+    "qwen3_next", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe", "gpt_oss", "qwen3_vl_moe", "gemma4 A4B",
+    "qwen4_exp_text", "qwen4_exp", "kimi_linear",
+}  # fmt: skip
 FLAGS = {  # label of an engine: what chooses it
     "one process": ["--use_cpu", "True"],
     "DDP": ["--use_cpu", "True"],
@@ -75,11 +84,19 @@ MODES = {
     Mode.FULL: [],
     Mode.LORA: ["--use_lora", "--lora_dropout", "0"],
     Mode.QLORA: ["--q_lora", "--lora_dropout", "0"],
+    "LoRA of experts": ["--use_lora", "--lora_dropout", "0", "--lora_experts"],
+    "QLoRA of experts": ["--q_lora", "--lora_dropout", "0", "--lora_experts"],
 }
 PADDED = ": training with padded batches"  # end of the reason that a run prints
 ALONE = "one process"
 BATCH = 4  # rows of an optimizer step
+LEARNING_RATE, EPSILON = 1e-2, 1e-3  # with 1e-8 AdamW turns rounding of small gradients into whole steps
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
+
+
+def modes(family: str) -> list[str]:
+    """Return the keys of MODES that a family has."""
+    return [mode for mode in MODES if family in MIXTURES or not mode.endswith("of experts")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,23 +119,48 @@ def words(cell: Cell, model: pathlib.Path, data: pathlib.Path, output: pathlib.P
     rows = BATCH if cell.engine == ALONE else BATCH // 2
     return argv(
         model, data, output, "--per_device_train_batch_size", rows, "--max_steps", 2, *FLAGS[cell.engine],
-        *MODES[Mode(cell.mode)], "--train_sampling_strategy", "sequential", "--lr_scheduler_type", "constant",
-        "--adam_epsilon", "1e-3",  # with 1e-8 AdamW turns rounding of small gradients into whole steps
+        *MODES[cell.mode], "--train_sampling_strategy", "sequential", "--lr_scheduler_type", "constant",
+        "--learning_rate", LEARNING_RATE, "--adam_epsilon", EPSILON, "--save_strategy", "steps", "--save_steps", 1,
     )  # fmt: skip
 
 
-def loss_alone(mode: str, model: pathlib.Path, data: pathlib.Path) -> float:
-    """Compute the loss of the first optimizer step in plain torch, one conversation at a time, without the engine."""
+def two_steps(
+    mode: str, model: pathlib.Path, data: pathlib.Path, checkpoint: pathlib.Path, trained: Iterable[str]
+) -> tuple[list[float], dict[str, tuple[Tensor, Tensor]]]:
+    """Take the optimizer steps in plain torch, transformers and peft, one conversation at a time.
+
+    Args:
+        checkpoint: Folder of the first step's checkpoint. An adapter starts with the factors A that it holds: the first
+            step leaves them alone, as the factors B are zero.
+        trained: Names of the parameters that are trained.
+    Returns:
+        The losses; of each trained weight, where it started and where it is now.
+    """
     encoder = ChatEncoder(transformers.AutoTokenizer.from_pretrained(model))
-    encoded = encoder.encode_batch(list(Conversations([str(data)])))
-    if mode == Mode.QLORA:  # the weights as they are held in 4 bits
-        plain, _ = loading.load(str(model), torch.float32, "cpu", quantize=finetune.nf4)
-    else:
-        plain = automatic(model).from_pretrained(model, dtype=torch.float32)
-    for parameter in plain.parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and mode != Mode.QLORA)
-    plain.enable_input_require_grads()
-    return reference(plain, [conversation.documents for conversation in encoded][:BATCH])[0]
+    rows = [conversation.documents for conversation in encoder.encode_batch(list(Conversations([str(data)])))]
+    plain = automatic(model).from_pretrained(model, dtype=torch.float32).requires_grad_(False)
+    if mode.startswith(Mode.QLORA):  # the weights that those in 4 bits stand for
+        held, _ = loading.load(str(model), torch.float32, "cpu", quantize=finetune.nf4)
+        for name, parameter in held.named_parameters():
+            if hasattr(parameter, "quant_state"):
+                whole = bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+                plain.get_parameter(name).data = whole
+    if mode != Mode.FULL:
+        plain = peft.PeftModel.from_pretrained(plain, str(checkpoint), is_trainable=True)
+    weights = {name: parameter.requires_grad_() for name, parameter in plain.named_parameters() if name in set(trained)}
+    for name, parameter in weights.items():
+        parameter.data.mul_("lora_B" not in name)
+    start = {name: parameter.detach().clone() for name, parameter in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), LEARNING_RATE, eps=EPSILON, weight_decay=0)
+    losses = []
+    for batch in (rows[:BATCH], rows[BATCH : 2 * BATCH]):
+        loss, gradients = reference(plain, batch)
+        losses.append(loss)
+        for name, parameter in weights.items():
+            parameter.grad = gradients[name]
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+    return losses, {name: (start[name], parameter.detach()) for name, parameter in weights.items()}
 
 
 def automatic(folder: pathlib.Path) -> type:
@@ -132,9 +174,6 @@ def load_plainly(mode: str, model: pathlib.Path, output: pathlib.Path) -> torch.
     Raises:
         ValueError: The files lack weights, or hold weights that have no place in the model.
     """
-    import peft
-    from safetensors.torch import load_file
-
     folder = output if mode == Mode.FULL else model
     plain, report = automatic(folder).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     odd = {kind: names for kind, names in report.items() if names}
@@ -152,20 +191,20 @@ def _same(one, other):
     return one is not None and other is not None and torch.equal(one, other)
 
 
-def judge(cell: Cell, left: dict[str, Any], losses: list[float], model: pathlib.Path) -> dict[str, Any]:
-    """Return the verdict on a cell and how far its losses are from those expected, or what is wrong with it.
+def judge(cell: Cell, left: dict[str, Any], model: pathlib.Path, data: pathlib.Path) -> dict[str, Any]:
+    """Return the verdict on a cell and how far it is from what was expected, or what is wrong with it.
 
     Args:
-        left: What tests/distributed/ranks.py wrote about the training, and its `output` and `weights`.
-        losses: Those expected of its first steps.
-        model: Folder of the checkpoint.
+        left: What tests/distributed/ranks.py wrote about the training, and about the `resumed` one.
+        model: Folder of the checkpoint; data: file with the rows.
     """
-    if "error" in left:
-        kind, _, text = left["error"].partition(": ")
-        early = kind == "UserError" and not re.search("in load_model|in add_adapter|trainer", left["traceback"])
-        if not early:
-            print(left["traceback"], file=sys.stderr)
-        return {"verdict": f"refused: {text}" if early else f"failed: {left['error']}"}
+    for one in (left, left["resumed"]):
+        if "error" in one:
+            kind, _, text = one["error"].partition(": ")
+            early = kind == "UserError" and not re.search("in load_model|in add_adapter|trainer", one["traceback"])
+            if not early:
+                print(one["traceback"], file=sys.stderr)
+            return {"verdict": f"refused: {text}" if early else f"failed: {one['error']}"}
     engine, wrong = ENGINES[cell.engine], []
     wrappers = {known.wrapped_class for known in ENGINES.values() if known.wrapped_class} & set(left["classes"])
     parts = left["parameters"] if engine.shards_weights else 0
@@ -173,43 +212,58 @@ def judge(cell: Cell, left: dict[str, Any], losses: list[float], model: pathlib.
         {engine.wrapped_class}, engine.deepspeed_stage, parts
     ):  # fmt: skip
         wrong.append(f"another engine ran: {left['classes'][0]}, stage {left['stage']}")
-    found = [entry["loss"] for entry in left["log"] if "loss" in entry]
-    difference = max((abs(a - b) / abs(b) for a, b in zip(found, losses, strict=False)), default=math.nan)
-    if len(found) != 2 or not difference < 1e-4:
+    found, again = ([entry["loss"] for entry in one["log"] if "loss" in entry] for one in (left, left["resumed"]))
+    trained, resumed = (torch.load(one["weights"]) for one in (left, left["resumed"]))
+    losses, expected = two_steps(cell.mode, model, data, left["output"] / "checkpoint-1", trained)
+    differences = [abs(a - b) / abs(b) for a, b in zip(found, losses, strict=False)]
+    if len(found) != 2 or not max(differences) < 1e-4:
         wrong.append(f"losses {found} and not {losses}")
+    if again != found or any(not _same(resumed.get(name), trained[name]) for name in trained):
+        wrong.append(f"resumed, the losses are {again} and not {found}, or the weights differ")
+    distance = sum((trained[name] - end).square().sum() for name, (_, end) in expected.items()).sqrt()
+    step = float(distance / sum((end - start).square().sum() for start, end in expected.values()).sqrt())
+    if not step < 1e-3:
+        wrong.append(f"the weights are {step} of the way from those of plain torch")
     try:
         loaded = dict(load_plainly(cell.mode, model, left["output"]).named_parameters())
-        trained = torch.load(left["weights"])
         if different := [name for name in trained if not _same(loaded.get(name), trained[name])]:
             wrong.append(f"{len(different)} of {len(trained)} weights are not loaded as trained: {different[0]}")
+        if cell.mode != Mode.FULL:
+            merging.merge(str(left["output"]), str(left["output"] / "merged"))  # compares the logits
     except Exception as error:
         wrong.append(f"{type(error).__name__}: {error}")
     reason = next((line.partition(PADDED)[0] for line in left["said"].splitlines() if PADDED in line), None)
     verdict = f"failed: {'; '.join(wrong)}" if wrong else f"padded: {reason}" if reason else "trained"
-    return {"verdict": verdict, "loss_difference": float(f"{difference:.1e}"), "losses": found}
+    rounded = {"loss_difference": float(f"{max(differences):.1e}"), "step_difference": float(f"{step:.1e}")}
+    return {"verdict": verdict, **rounded, "losses": found}
 
 
 def run(engine: str, cells: list[Cell], work: pathlib.Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Train the cells of an engine in one process group, and the rest in a new one after a cell that failed.
 
     Yields:
-        A cell, and what tests/distributed/ranks.py wrote about it, with the folder and the weights that it saved.
+        A cell, and what tests/distributed/ranks.py wrote about it, with the folder and the weights that it saved; and
+        the same, as `resumed`, about the training that went on from the first step's checkpoint.
     """
     todo, data = list(cells), write(work / "rows.jsonl", UNEVEN_ROWS)
     while todo:
         folder = pathlib.Path(tempfile.mkdtemp(prefix=engine, dir=work))
-        names = {f"{cell.family} {cell.mode}": cell for cell in todo}
-        jobs = {
-            name: {"argv": words(cell, work / cell.family, data, folder / name), "gather": folder / f"{name}.pt"}
-            for name, cell in names.items()
-        }
+        names, jobs = {f"{cell.family} {cell.mode}": cell for cell in todo}, {}
+        for name, cell in names.items():
+            again = f"{name} resumed"
+            for job, more in ((name, []), (again, ["--resume_from_checkpoint", "auto"])):
+                line = words(cell, work / cell.family, data, folder / job)
+                jobs[job] = {"argv": [*line, *more], "gather": folder / f"{job}.pt"}
+            jobs[again]["copy"] = [folder / run / "checkpoint-1" for run in (name, again)]
         left = run_ranks(folder, jobs, 1 if engine == ALONE else 2)
-        finished = {name: result for name, result in left.items() if name in names}
-        if not finished:  # both ranks ended before one could write why
+        for job in jobs:
+            left.get(job, {}).update(output=folder / job, weights=folder / f"{job}.pt")
+        finished = {name: left[name] for name in names if "error" in left.get(name, ()) or f"{name} resumed" in left}
+        if not finished:  # the ranks ended before one could write why
             finished = {next(iter(names)): {"error": "it ended early", "traceback": left["problem"]}}
         for name, result in finished.items():
             todo.remove(names[name])
-            yield names[name], {**result, "output": folder / name, "weights": folder / f"{name}.pt"}
+            yield names[name], {**result, "resumed": left.get(f"{name} resumed", {})}
 
 
 def table() -> str:
@@ -219,9 +273,9 @@ def table() -> str:
     for family, models in FAMILIES.items():
         cells = []
         for engine in FLAGS:
-            verdicts = {mode: results[Cell(family, mode, engine)]["verdict"] for mode in MODES}
+            verdicts = {mode: results[Cell(family, mode, engine)]["verdict"] for mode in modes(family)}
             marks = {  # each verdict once, behind the modes that have it
-                verdict: ", ".join(mode for mode in MODES if verdicts[mode] == verdict)
+                verdict: ", ".join(mode for mode in verdicts if verdicts[mode] == verdict)
                 + (
                     ""
                     if verdict == "trained"
@@ -243,7 +297,7 @@ def read() -> dict[Cell, dict[str, Any]]:
 
 def record(new: dict[Cell, dict[str, Any]]) -> None:
     """Write results in the place of older ones of the same cells."""
-    order = [Cell(family, mode, engine) for family in FAMILIES for engine in FLAGS for mode in MODES]
+    order = [Cell(family, mode, engine) for family in FAMILIES for engine in FLAGS for mode in modes(family)]
     results = {**read(), **new}
     lines = [json.dumps(dataclasses.asdict(cell) | results[cell]) for cell in order if cell in results]
     RESULTS.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -269,16 +323,14 @@ def main() -> None:
         for family in args.family:
             checkpoints.family(family, work / family, tokenizer)
         for engine in args.engine:
-            cells = [Cell(family, mode, engine) for family in args.family for mode in args.mode]
+            cells = [
+                Cell(family, mode, engine) for family in args.family for mode in modes(family) if mode in args.mode
+            ]
             for cell, left in run(engine, cells, work):
-                model = work / cell.family
-                if engine == ALONE:
-                    losses = [loss_alone(cell.mode, model, work / "rows.jsonl")]
-                else:
-                    losses = read()[dataclasses.replace(cell, engine=ALONE)].get("losses", [])
-                result = judge(cell, left, losses, model) | facts
+                result = judge(cell, left, work / cell.family, work / "rows.jsonl") | facts
                 record({cell: result})
-                print(*dataclasses.astuple(cell), result["verdict"], result.get("loss_difference"), flush=True)
+                differences = (result.get("loss_difference"), result.get("step_difference"))
+                print(*dataclasses.astuple(cell), result["verdict"], *differences, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 python benchmarks/memory_table.py               # the table of docs/performance.md
 python benchmarks/memory_table.py published     # beside published figures
+python benchmarks/memory_table.py rows          # the longest row that fits
 """
 
+import bisect
 import copy
 import functools
 import pathlib
@@ -17,7 +19,7 @@ from transformers import Qwen2Config, Qwen3_5Config, Qwen3_5MoeConfig, Qwen3Conf
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from recipe.distributed.engines import ENGINES, Mode  # noqa: E402
-from recipe.model import adapter  # noqa: E402
+from recipe.model import adapter, attention  # noqa: E402
 from recipe.training.memory import GB, ModelSize, estimate, model_size  # noqa: E402
 
 
@@ -83,8 +85,9 @@ def size_of(name: str, rank: int = 64) -> ModelSize:
     config = copy.deepcopy(CONFIGS[name])
     vision = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    attention.register()
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = auto.from_config(config, attn_implementation=attention.PACKED)
         lora = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=adapter.targets(model, None))
         return model_size(peft.get_peft_model(model, lora), fused_delta_rule=True)
 
@@ -148,5 +151,44 @@ def published() -> str:
     return "\n".join([*lines, *(f"| {name} | {gb} | {beside_published(name):.1f} |" for name, gb in PUBLISHED.items())])
 
 
+ROWS = [
+    ("Qwen2.5-7B", Mode.QLORA),
+    ("Qwen2.5-7B", Mode.LORA),
+    ("Qwen2.5-32B", Mode.QLORA),
+    ("Qwen3.5-9B", Mode.QLORA),
+    ("Qwen3.5-9B", Mode.LORA),
+    ("Qwen3.6-27B", Mode.QLORA),
+    ("Qwen3.6-27B", Mode.LORA),
+]
+GPUS = (24, 48, 80, 141)
+MEASURES = [{}, {"inputs_off": True}, {"inputs_off": True, "in_pieces": True}]
+HOW = (
+    "Thousands of tokens of the longest row, all of them supervised, with --gradient_checkpointing alone, with "
+    "--activation_offloading, and with --tiled_mlp besides; in bf16, --lora_r 64, a tenth of the GPU left free."
+)
+
+
+def longest(name: str, mode: Mode, gb: int, **measures: bool) -> int:
+    """Return the tokens of the longest row that fits into nine tenths of a GPU."""
+    engine = ENGINES["one process"]
+    return bisect.bisect_right(
+        range(1, 1 << 24),
+        0.9 * gb * GB,
+        key=lambda tokens: estimate(size_of(name), engine, mode, 1, tokens, **measures).peak,
+    )
+
+
+def rows() -> str:
+    """Return the longest row that fits, for each of MEASURES, in Markdown, and how to read it."""
+    lines = [f"| longest row | {' | '.join(f'{gb} GB' for gb in GPUS)} |", "|---" * (len(GPUS) + 1) + "|"]
+    for name, mode in ROWS:
+        cells = []
+        for gb in GPUS:
+            found = [longest(name, mode, gb, **measures) for measures in MEASURES]
+            cells.append(", ".join(f"{tokens / 1000:.0f}k" for tokens in found) if found[-1] else "no room")
+        lines.append(f"| {name} {mode} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{HOW}"
+
+
 if __name__ == "__main__":
-    print(published() if sys.argv[1:] == ["published"] else table())
+    print({"published": published, "rows": rows}.get("".join(sys.argv[1:]), table)())

@@ -85,8 +85,7 @@ def check_and_complete(
     _folders(model_args, training_args, looking)
     _sampling(data_args, training_args)
     _packing(data_args, training_args, named)
-    if not {"gradient_checkpointing", "activation_checkpointing"} & set(named):
-        engines.set_checkpointing(training_args, None)  # start_report chooses when the model is loaded
+    _long_rows(training_args, named)
     _evaluation(data_args, training_args, named)
 
 
@@ -162,6 +161,24 @@ def _sampling(data_args: Any, training_args: Any) -> None:
         raise UserError("--eval_data_path: has weights; every row is evaluated once, so leave them out.")
     if data_args.validate_only or data_args.dump_tokens:
         data_args.lazy_preprocess = False  # all rows are looked at
+
+
+def _long_rows(training_args: Any, named: dict[str, Any]) -> None:
+    decided = {"gradient_checkpointing", "activation_checkpointing"} & set(named)
+    if not decided:
+        engines.set_checkpointing(training_args, None)  # plan.py chooses when the model is loaded
+    for name in ("activation_offloading", "tiled_mlp"):
+        if getattr(training_args, name) and training_args.torch_compile:
+            raise UserError(f"--{name} and --torch_compile exclude each other; leave out one of them.")
+    if not training_args.activation_offloading:
+        return
+    if decided and not training_args.gradient_checkpointing:
+        raise UserError(
+            "--activation_offloading keeps what gradient checkpointing needs; leave out it or "
+            "--gradient_checkpointing False."
+        )
+    if not (training_args.fsdp and training_args.fsdp_config.get("activation_checkpointing")):
+        engines.set_checkpointing(training_args, True)
 
 
 def _packing(data_args: Any, training_args: Any, named: dict[str, Any]) -> None:

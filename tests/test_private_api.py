@@ -18,6 +18,15 @@ from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.quantizers import auto
 
+
+def checkpointed_layer():
+    """A decoder layer whose checkpointing is switched on."""
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**small))
+    model.gradient_checkpointing_enable()
+    return model.model.layers[0]
+
+
 PRIVATE = [
     (argparse.ArgumentParser(), "_negative_number_matcher"),
     (argparse.HelpFormatter, "_format_action_invocation"),
@@ -47,6 +56,9 @@ PRIVATE = [
             ),
         )
     ),
+    (checkpointed_layer(), "_gradient_checkpointing_func"),
+    (checkpointed_layer(), "gradient_checkpointing"),
+    (transformers.trainer, "PreTrainedConfig"),
     (transformers.Trainer, "set_initial_training_values"),
     (transformers.PreTrainedConfig(), "_attn_implementation"),
     (transformers.PreTrainedConfig(), "_name_or_path"),

@@ -74,6 +74,11 @@ class PackedDataset(torch.utils.data.Dataset):
         return [*documents, padding_document(rest)] if self.pad_to_full and rest else documents
 
 
+def conversations(dataset: Any) -> Any:
+    """Return the `SupervisedDataset` of a training, also if its conversations are packed."""
+    return dataset.dataset if isinstance(dataset, PackedDataset) else dataset
+
+
 def padding_document(tokens: int) -> Document:
     """Return a document of `tokens` tokens without labels."""
     return {"input_ids": [0] * tokens, "labels": [IGNORE_INDEX] * tokens, "turns": [], "padding": True}

@@ -46,6 +46,7 @@ NOT_COMPARED = frozenset(
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context dataloader_in_order remove_unused_columns label_names length_column_name
     gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
+    activation_offloading tiled_mlp
     torch_empty_cache_steps use_cache skip_memory_metrics do_train do_eval do_predict debug
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
     log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id

@@ -4,9 +4,7 @@ Every part is counted from the model and from what the code keeps; nothing is fi
 the parts against the bytes that torch keeps, and benchmarks/memory_table.py prints a table of common models.
 """
 
-import os
-import shutil
-import sys
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -14,7 +12,8 @@ import torch
 
 from recipe.distributed.engines import Engine, Mode
 from recipe.distributed.weights import numel
-from recipe.model import experts
+from recipe.model import experts, long_rows
+from recipe.model.attention import PACKED
 from recipe.model.loading import never_trained
 from recipe.model.loss import BLOCK, ROWS
 
@@ -39,6 +38,7 @@ class LayerSize:
         entering: Inputs of the linear layers that read the output of a norm, counted for each of them.
         shared: The same, where those of one block (such as q_proj, k_proj, v_proj) read one tensor.
         leaving: Inputs of the linear layers that read the result of their block.
+        attended: Those of them that are `between`, too, as packed attention leaves them.
         ranks: Outputs of the adapter's first matrices.
         between: Results between the linear layers, in the computing precision.
         exact: Results between them that are float32 in every precision.
@@ -50,6 +50,7 @@ class LayerSize:
     entering: float = 0
     shared: float = 0
     leaving: float = 0
+    attended: float = 0
     ranks: float = 0
     between: float = 0
     exact: float = 0
@@ -74,6 +75,8 @@ class ModelSize:
         tower: Elements of all these that are never trained: outside of the decoder, in a vision tower, or in indexers.
         adapter: Elements that LoRA trains.
         layers: What each decoder layer keeps: with an adapter for its backward pass, else for that of all weights.
+        feed_forward: The part of each of them that `long_rows.in_pieces` lets take a row in pieces.
+        widest: Trained elements of the largest of these parts.
         config: The configuration of the decoder.
     """
 
@@ -85,6 +88,8 @@ class ModelSize:
     tower: int
     adapter: int
     layers: tuple[LayerSize, ...]
+    feed_forward: tuple[LayerSize, ...]
+    widest: int
     config: Any
 
     @property
@@ -166,6 +171,8 @@ def model_size(model: Any, fused_delta_rule: bool = False) -> ModelSize:
     tied = not {id(p) for p in head.parameters()} - {id(p) for p in base.get_input_embeddings().parameters()}
     linear = "4 bits" if counts["4 bits"] else "matrices"
     unpacked = counts["matrices"] if counts["4 bits"] else 0
+    layers = decoder_layers(decoder, config)
+    parts = [long_rows.feed_forward(layer) for layer in layers]
     return ModelSize(
         linear=counts[linear],
         largest=largest[linear],
@@ -174,12 +181,14 @@ def model_size(model: Any, fused_delta_rule: bool = False) -> ModelSize:
         head=0 if tied else embedding,
         tower=counts["tower"],
         adapter=counts["adapter"],
-        layers=tuple(_layer_size(layer, config, adapted, fused_delta_rule) for layer in _layers(decoder, config)),
+        layers=tuple(_layer_size(layer, config, adapted, fused_delta_rule) for layer in layers),
+        feed_forward=tuple(_layer_size(part, config, adapted, False) if part else LayerSize() for part in parts),
+        widest=max((sum(numel(p) for p in part.parameters() if p.requires_grad) for part in parts if part), default=0),
         config=config,
     )
 
 
-def _layers(decoder: Any, config: Any) -> torch.nn.ModuleList | list[torch.nn.Module]:
+def decoder_layers(decoder: Any, config: Any) -> torch.nn.ModuleList | list[torch.nn.Module]:
     """Find the decoder's layers, however they are named."""
     lists = (m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers)
     return next(lists, [])
@@ -193,7 +202,7 @@ def _layer_size(layer: torch.nn.Module, config: Any, adapted: bool, fused: bool)
         if path == "linear_attn" and hasattr(module, "num_v_heads"):
             size += _delta_net(module, fused)
         elif path in ("self_attn", "self_attention", "attention", "attn"):
-            size += _attention(module, config.hidden_size)
+            size += _attention(module, config, adapted)
         elif path in MLP_OUTPUTS and hasattr(module, "in_features"):
             # gate_proj, its activation and up_proj; the gradients of two of them
             size += LayerSize(between=3 * module.in_features, gradients=2 * module.in_features)
@@ -227,17 +236,20 @@ def _linear_inputs(layer: torch.nn.Module, adapted: bool) -> LayerSize:
     return size + LayerSize(shared=sum(shared.values()))
 
 
-def _attention(attention: torch.nn.Module, hidden: int) -> LayerSize:
+def _attention(attention: torch.nn.Module, config: Any, adapted: bool) -> LayerSize:
     """Count query, key, value, output and, in float32, a number a head; norms of query and key; an output gate.
 
     A gate keeps itself, its sigmoid and what it multiplies.
     """
     parts = {name: part for name, part in attention.named_children() if hasattr(part, "in_features")}
-    query = next((parts[name].in_features for name in ATTENTION_OUTPUTS if name in parts), hidden)
+    output = next((parts[name] for name in ATTENTION_OUTPUTS if name in parts), None)
+    query = config.hidden_size if output is None else output.in_features
     key = parts["k_proj"].out_features if "k_proj" in parts else query
     gated = "q_proj" in parts and parts["q_proj"].out_features == 2 * query
     norms = query * hasattr(attention, "q_norm") + key * hasattr(attention, "k_norm")
-    return LayerSize(norms=norms, between=2 * query + 2 * key + 3 * query * gated, exact=query / 64)
+    kept = output is not None and (not adapted or bool(getattr(output, "lora_A", None)))
+    same = query * (kept and not gated and config._attn_implementation == PACKED)
+    return LayerSize(norms=norms, between=2 * query + 2 * key + 3 * query * gated, exact=query / 64, attended=same)
 
 
 def _routed_experts(layer: torch.nn.Module, config: Any, adapted: bool) -> LayerSize:
@@ -300,11 +312,11 @@ def kept_bytes(
     stream = stream or size
     if mode == Mode.FULL:  # a norm's weight needs its normalised input
         norms = (4 + stream) * layer.norms
-        inputs = size * ((layer.entering if stream > size else layer.shared) + layer.leaving)
+        inputs = size * ((layer.entering if stream > size else layer.shared) + layer.leaving - layer.attended)
     else:
         norms = 4 * layer.norms
         mask = 1 if device == "cuda" else size
-        inputs = size * (layer.shared + layer.leaving)
+        inputs = size * (layer.shared + layer.leaving - layer.attended)
         if dropout:
             inputs = (size + mask) * (layer.entering + layer.leaving)
     casts = size * layer.casts * (size < 4)
@@ -320,6 +332,8 @@ def estimate(
     *,
     supervised: int | None = None,
     checkpointing: bool = True,
+    inputs_off: bool = False,
+    in_pieces: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     dropout: float = 0.05,
     device: str = "cuda",
@@ -338,7 +352,9 @@ def estimate(
     * FSDP2: a share of everything, in float32 what is trained; two layers and the head gathered in `dtype`, with as much
       for the gradients of what is trained.
     * Offloading: gradients and optimizer, and shared weights, are in main memory.
-    * Checkpointing: the input of every layer, and what one layer keeps.
+    * Checkpointing: the input of every layer, and what one layer keeps. With the inputs elsewhere, that of the layer at
+      work, and on a GPU that of the one before it. With feed-forward layers in pieces, what they keep of one piece, and
+      their inputs, outputs and the gradients of both.
     * Step: 4 bytes for each trained weight, and 4 for ZeRO's gradients in float32 (1e9 weights at a time). On a CPU,
       torch takes one parameter after the other.
 
@@ -350,12 +366,14 @@ def estimate(
         tokens: Tokens of a micro-batch on one device.
         supervised: How many of them have a label (None: all).
         checkpointing: Whether layers are computed again in the backward pass.
+        inputs_off: Whether the inputs of layers are kept off the device until then, see `long_rows.Inputs`.
+        in_pieces: Whether feed-forward layers take a row in pieces, see `long_rows.in_pieces`.
         dtype: Computing precision.
         dropout: Of the adapter.
         device: "cuda" or "cpu".
         fused_head: Whether `recipe.model.loss.HeadLoss` computes the loss; otherwise all logits exist.
     """
-    full, config, bits = mode == Mode.FULL, size.config, dtype.itemsize
+    full, bits = mode == Mode.FULL, dtype.itemsize
     trained = size.base - size.tower if full else size.adapter
     master = bits if engine.masters_apart else 4
     linear = NF4 if mode == Mode.QLORA else bits
@@ -373,9 +391,17 @@ def estimate(
         step = 0 if engine.offloads else 4 * trained * share
     positions = tokens if supervised is None else supervised
     gathered, one_layer = _gathered(size, engine, mode, dtype, weights, trained, checkpointing)
-    kept = [kept_bytes(layer, mode, dtype, dropout, device, 4 if autocast else bits) for layer in size.layers]
-    stored = len(kept) * config.hidden_size * (4 if autocast else bits) if checkpointing else sum(kept)
-    computed = max(kept, default=0) * checkpointing + bits * max((n.gradients for n in size.layers), default=0)
+    stream = 4 if autocast else bits
+    stored, computed = _activations(
+        size,
+        lambda layer: kept_bytes(layer, mode, dtype, dropout, device, stream),
+        bits,
+        stream,
+        checkpointing,
+        inputs=(1 if device == "cpu" else 2) if inputs_off else None,
+        piece=min(1, long_rows.PIECE / max(tokens, 1)) if in_pieces else 1,
+        sums=1.5 * master * size.widest / max(tokens, 1),
+    )
     head = _head_gradients(size, full, dtype, positions)
     forward = MemoryParts(
         weights=weights * (here if engine.shards_weights else 1) + scales,
@@ -388,6 +414,33 @@ def estimate(
     )
     backward = replace(forward, gathered=one_layer, activations=tokens * (stored + computed), logits=head)
     return max(forward, backward, key=lambda parts: parts.passes)
+
+
+def _activations(
+    size: ModelSize, kept: Callable[[LayerSize], float], bits: int, stream: int, checkpointing: bool, inputs: int | None,
+    piece: float, sums: float,
+) -> tuple[float, float]:  # fmt: skip
+    """Return the bytes of a token that are there between forward and backward pass, and those of one layer's backward pass.
+
+    Args:
+        kept: Function from a part of a layer to the bytes that it keeps of a token.
+        bits: Bytes of a number; stream: of one between the layers.
+        inputs: How many layers' inputs are on the device with checkpointing; None: those of all layers.
+        piece: Share of a row that feed-forward layers take at once.
+        sums: Bytes, a token, of the gradients of such a layer's weights: their sum, and those of a matrix for one piece.
+    """
+    hidden, layers = size.config.hidden_size, list(zip(size.layers, size.feed_forward, strict=True))
+    whole, peaks = [kept(layer) for layer in size.layers], [bits * layer.gradients for layer in size.layers]
+    if piece < 1:  # a feed-forward layer keeps its input
+        whole = [kept(layer) - kept(part) + bits * hidden for layer, part in layers]
+        # With a piece of it at work: the gradients of its output and input. After that, what the norm before it computes.
+        ends, norm = 2 * bits * hidden + sums, (4 * (5 + (bits < 4)) - bits) * hidden
+        peaks = [max(ends + piece * (bits * layer.gradients + kept(part)), norm) for layer, part in layers]
+    if not checkpointing:
+        return sum(whole), max(peaks, default=0)
+    stored = stream * hidden * (len(whole) if inputs is None else min(inputs, len(whole)))
+    stored -= 4 * hidden * (stream == 4)  # the norm at the beginning of the layer at work keeps the same
+    return stored, max(map(sum, zip(whole, peaks, strict=True)), default=0)
 
 
 def _gathered(
@@ -428,68 +481,3 @@ def _logits(size: ModelSize, full: bool, dtype: torch.dtype, positions: int, dev
 def _head_gradients(size: ModelSize, full: bool, dtype: torch.dtype, positions: int) -> float:
     """Return the bytes of the gradients that the output head forms in the forward pass: of its input, of its weight."""
     return positions * size.config.hidden_size * dtype.itemsize + 4 * size.embedding * full
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What there is
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a GPU, or of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # comes with accelerate
-
-    return psutil.virtual_memory().available
-
-
-def used_memory() -> int:
-    """Return the bytes of main memory that this process has: weights, tokens, Python and its libraries."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-def unread_weights() -> int:
-    """Return the bytes of mapped model files that are not in main memory yet; safetensors reads them when needed."""
-    import psutil
-
-    files = getattr(psutil.Process(), "memory_maps", list)()  # not on macOS
-    return sum(file.size - file.rss for file in files if file.path.endswith(".safetensors"))
-
-
-def start_peak(device: torch.device) -> None:
-    """Let `peak_memory` begin anew, without what loading the model has needed."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # as `man proc` has it: reset the peak of the resident set
-    except OSError:  # not Linux, or not permitted
-        pass
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes since `start_peak`: of tensors on a GPU, or of main memory that this process has had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        # Not ru_maxrss, which begins with the peak of the program that started this one.
-        with open("/proc/self/status") as file:
-            return 1024 * int(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return used_memory()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def free_disk(folder: str) -> int:
-    """Return the free bytes of the disk that holds `folder`, or will hold it."""
-    folder = os.path.abspath(folder)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free

@@ -20,8 +20,9 @@ from recipe.model.loading import load_adapter
 from recipe.model.precision import dtype_name
 from recipe.model.weight_files import WeightFiles
 from recipe.training import checkpoints
-from recipe.training.memory import GB, free_memory
+from recipe.training.memory import GB
 from recipe.training.merge_plan import Plan, Source
+from recipe.training.resources import free_memory
 
 TOLERANCE = 1e-4  # norm of the difference / norm of the logits, in float32; a good merge has some 1e-6
 ROUNDING = 1e-2  # the same after rounding to bfloat16 or float16, as a rule below this

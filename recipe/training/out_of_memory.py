@@ -11,7 +11,7 @@ import torch
 from recipe import console
 from recipe.console import UserError
 from recipe.dataset.packing import places
-from recipe.training import start_report
+from recipe.training.plan import Plan
 
 # Of torch's allocators, cuBLAS and NCCL, all of which raise a RuntimeError.
 MESSAGE = re.compile(
@@ -28,12 +28,11 @@ class OutOfMemory(UserError):
 
 
 @contextlib.contextmanager
-def explained(trainer: Any = None, compute_dtype: torch.dtype = torch.float32, lora_args: Any = None) -> Iterator[None]:
+def explained(plan: Plan | None = None) -> Iterator[None]:
     """Raise an OutOfMemory in place of the error of an allocation that fails.
 
     Args:
-        trainer: which trains in the block, with its loss watch and its plan; None: it does not train yet.
-        compute_dtype, lora_args: as in `start_report.estimate`.
+        plan: of the training in the block; None: it does not train yet.
 
     Raises:
         OutOfMemory: what was asked for, and what helps.
@@ -47,11 +46,9 @@ def explained(trainer: Any = None, compute_dtype: torch.dtype = torch.float32, l
         problem = _asked_for(error)
     else:
         return
-    if trainer is None:
+    if plan is None:
         raise OutOfMemory(f"{problem} before the first step. {GENERAL}.")
-    raise OutOfMemory(
-        f"{problem}{_batch(trainer)}; checkpoints are untouched. {_remedy(trainer, compute_dtype, lora_args)}."
-    )
+    raise OutOfMemory(f"{problem}{_batch(plan.trainer)}; checkpoints are untouched. {_remedy(plan)}.")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -84,11 +81,12 @@ def _batch(trainer: Any) -> str:
     return f"{step}; {of} is {longest.where} with {longest.tokens:,} tokens"
 
 
-def _remedy(trainer: Any, compute_dtype: torch.dtype, lora_args: Any) -> str:
+def _remedy(plan: Plan) -> str:
+    trainer = plan.trainer
     if trainer.losses.dataset is not trainer.train_dataset:
         return "Lower --per_device_eval_batch_size"
     try:
-        choices = start_report.remedies(trainer, compute_dtype, lora_args)[:2]
+        choices = plan.remedies()[:2]
     except Exception:
         return GENERAL
     if not choices:

@@ -24,7 +24,7 @@ import torch
 from recipe import command_line, console, signals
 from recipe.dataset.files import Records
 from recipe.model.prompt_mode import PromptMode
-from recipe.training import curves, memory, model_card, report_page, staging
+from recipe.training import curves, model_card, report_page, resources, staging
 
 FILE = "run.json"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "deepspeed", "bitsandbytes")
@@ -117,7 +117,7 @@ def progress(trainer: Any) -> dict[str, Any]:
     return {
         "steps": state.global_step,
         "epochs": round(state.epoch or 0, 3),
-        "peak_memory_gb": round(memory.peak_memory(trainer.args.device) / 1e9, 2),
+        "peak_memory_gb": round(resources.peak_memory(trainer.args.device) / 1e9, 2),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "evaluations": list(evaluations.values()),

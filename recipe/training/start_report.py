@@ -1,40 +1,32 @@
-"""Describe before the start what a training will do, each number with its formula; decide on gradient checkpointing."""
+"""Describe before the start what a training will do, each number with its formula."""
 
-import dataclasses
-import functools
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from transformers.utils.import_utils import is_flash_linear_attention_available
 
-from recipe import console
-from recipe.console import UserError, say
+from recipe.console import UserError
 from recipe.dataset import packing, report
 from recipe.distributed import engines, weights
-from recipe.model import adapter, experts, linear_attention
+from recipe.model import adapter, experts, linear_attention, long_rows
 from recipe.model.loading import in_indexer, outside_decoder
 from recipe.model.loss import obstacle_to_fusing
 from recipe.model.precision import dtype_name
-from recipe.training import memory
-from recipe.training.memory import GB, MemoryParts, free_disk, free_memory
+from recipe.training import memory, resources
+from recipe.training.memory import GB
+from recipe.training.plan import Plan
+from recipe.training.resources import free_disk, free_memory
 
 
-def describe(trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_args: Any) -> str:
-    """Return the block of lines that is printed before training.
-
-    Args:
-        trainer: The RecipeTrainer that will train.
-        compute_dtype: Precision of the forward and backward pass.
-        lora_args: LoraArguments of finetune.py.
-    """
+def describe(plan: Plan) -> str:
+    """Return the block of lines that is printed before training."""
+    trainer, compute_dtype, lora_args = plan.trainer, plan.compute_dtype, plan.lora_args
     args, model = trainer.args, trainer.model
     facts = {
         "model": _model(model, compute_dtype),
         "trained": _trained(model, args, lora_args),
-        "chat template": report.template(_conversations(trainer).tokeniser.encoder),
-        "training rows": report.rows(_conversations(trainer)),
+        "chat template": report.template(packing.conversations(trainer.train_dataset).tokeniser.encoder),
+        "training rows": report.rows(packing.conversations(trainer.train_dataset)),
     }
     linear = linear_attention.describe(model, args.device)
     if linear:
@@ -49,7 +41,8 @@ def describe(trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_arg
     for name, dataset in (trainer.eval_dataset or {}).items():
         facts[f"evaluation rows ({name})"] = report.rows(dataset)
     facts["steps"] = _steps(trainer)
-    facts["memory"] = _memory(trainer, compute_dtype, lora_args)
+    facts["memory"] = _memory(plan)
+    facts["longest row that fits"] = _longest_rows(plan)
     facts["disk"] = _disk(trainer, compute_dtype)
     return "\n".join(f"{name}: {text}" for name, text in facts.items())
 
@@ -146,11 +139,6 @@ def steps(trainer: transformers.Trainer) -> tuple[int, int, int]:
     return total, epoch, args.get_warmup_steps(total)
 
 
-def _conversations(trainer):
-    """Return the SupervisedDataset, also if its conversations are packed."""
-    return getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
-
-
 def _steps(trainer):
     args, dataset = trainer.args, trainer.train_dataset
     total, epoch, warmup = steps(trainer)
@@ -176,119 +164,15 @@ def _steps(trainer):
 # Memory
 
 
-def choose_checkpointing(trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_args: Any) -> None:
-    """Switch gradient checkpointing on if training would not fit without it. Every rank must call this."""
-    from accelerate.utils import gather_object
-
-    needed = estimate(trainer, compute_dtype, lora_args, checkpointing=False).peak
-    # A tenth stays free: allocators cannot use every gap, and libraries take memory of their own.
-    chosen = any(gather_object([needed > 0.9 * _room(trainer)])) and not _fsdp_checkpoints(trainer.args)
-    engines.set_checkpointing(trainer.args, chosen)
-    if chosen:
-        say(
-            f"gradient checkpointing is on: without it training takes about {needed / GB:.1f} GB; "
-            "--gradient_checkpointing False switches it off."
-        )
-
-
-def estimate(
-    trainer: transformers.Trainer,
-    compute_dtype: torch.dtype,
-    lora_args: Any,
-    checkpointing: bool,
-    mode: engines.Mode | None = None,
-    share: float = 1.0,
-) -> MemoryParts:
-    """Estimate what training takes on this process's device, for the largest micro-batch that may come.
-
-    Args:
-        mode: another one than that of the arguments.
-        share: of the tokens of that micro-batch.
-    """
-    args, dataset, longest = trainer.args, _conversations(trainer), int(_longest(trainer) * share)
-    cpu = args.device.type == "cpu"
-    engine = engines.engine_of(args)
-    if cpu:  # everything is in main memory, and offloading changes nothing
-        engine = dataclasses.replace(engine, offloads=False)
-    return memory.estimate(
-        memory.model_size(trainer.model, fused_delta_rule=not cpu and is_flash_linear_attention_available()),
-        engine,
-        mode or engines.training_mode(args, lora_args),
-        args.world_size,
-        longest,
-        supervised=int(longest * dataset.supervised / max(dataset.tokens, 1)),
-        checkpointing=checkpointing,
-        dtype=compute_dtype,
-        dropout=lora_args.lora_dropout,
-        device=args.device.type,
-        fused_head=trainer.head is not None,
-    )
-
-
-def remedies(trainer: transformers.Trainer, compute_dtype: torch.dtype, lora_args: Any) -> list[tuple[str, float]]:
-    """Return the flags that lower the peak, with the bytes that each saves by the estimate, the largest first."""
-    args, mode = trainer.args, engines.training_mode(trainer.args, lora_args)
-    on = bool(args.gradient_checkpointing) or _fsdp_checkpoints(args)
-    plan = functools.partial(estimate, trainer, compute_dtype, lora_args)
-    rows, dataset = args.per_device_train_batch_size, trainer.train_dataset
-    choices = {} if on else {"--gradient_checkpointing True": plan(True)}
-    if rows > 1:
-        accumulated = rows * args.gradient_accumulation_steps
-        flags = f"--per_device_train_batch_size 1 with --gradient_accumulation_steps {accumulated}"
-        choices[flags] = plan(on, share=1 / rows)
-    elif isinstance(dataset, packing.PackedDataset):
-        choices[f"--pack_tokens {dataset.tokens // 2}"] = plan(on, share=1 / 2)
-    else:
-        choices[f"--model_max_length {_longest(trainer) // 2}"] = plan(on, share=1 / 2)
-    if mode == engines.Mode.FULL:
-        choices["--use_lora"] = plan(on, mode=engines.Mode.LORA)
-    if mode != engines.Mode.QLORA:
-        choices["--q_lora"] = plan(on, mode=engines.Mode.QLORA)
-    saved = [(flags, plan(on).peak - parts.peak) for flags, parts in choices.items()]
-    return sorted((choice for choice in saved if choice[1] > 0), key=lambda choice: -choice[1])
-
-
-def _longest(trainer):
-    """Return the tokens of the largest micro-batch that may come, with padding."""
-    args, dataset, rows = trainer.args, trainer.train_dataset, trainer.args.train_batch_size
-    if isinstance(dataset, packing.PackedDataset):
-        return dataset.tokens * rows
-    kept = np.asarray(dataset.kept)
-    if args.padding_free:
-        return int(np.sort(np.asarray(dataset.sizes)[kept])[-rows:].sum())
-    longest = np.asarray(dataset.lengths)[kept].max()
-    return min(rows, len(dataset)) * int(min(longest, args.model_max_length))  # a longer one was cut
-
-
-def _fsdp_checkpoints(args):
-    """Return True if FSDP's configuration switches activation checkpointing on, which is the same by another name."""
-    return bool(args.fsdp) and bool(args.fsdp_config.get("activation_checkpointing"))
-
-
-def _room(trainer):
-    """Return the bytes of the device for this process: what is free, and what the loaded weights take already."""
-    device = trainer.args.device
-    here = console.local_world_size() if device.type == "cpu" else 1  # processes that share it
-    return free_memory(device) // here + _loaded(trainer.model, device)
-
-
-def _loaded(model, device):
-    """Return the bytes of the weights that are on the device already; ZeRO-3 may hold a part of each."""
-    parts = (getattr(p, "ds_tensor", p) for p in model.parameters())
-    return sum(p.numel() * p.element_size() for p in parts if p.device.type == device.type)
-
-
-def _memory(trainer, compute_dtype, lora_args):
+def _memory(plan):
     """Return the estimated peak on one device by its parts, and what is free: the same quantity as the log's memory_gb.
 
     On a CPU that is the memory of the whole process, with Python and its libraries.
     """
-    args = trainer.args
-    checkpointing = bool(args.gradient_checkpointing) or _fsdp_checkpoints(args)
-    needed = estimate(trainer, compute_dtype, lora_args, checkpointing)
-    loaded, libraries = _loaded(trainer.model, args.device), 0
+    args, trainer, on = plan.args, plan.trainer, plan.measures
+    needed, loaded, libraries = plan.estimate(on), plan.loaded(), 0
     if args.device.type == "cpu":
-        libraries = max(0, memory.used_memory() + memory.unread_weights() - loaded) + memory.KERNELS
+        libraries = max(0, resources.used_memory() + resources.unread_weights() - loaded) + memory.KERNELS
     text = f"about {(libraries + needed.peak) / GB:.2f} GB = "
     if libraries:
         text += f"Python and its libraries {libraries / GB:.2f} + "
@@ -301,13 +185,34 @@ def _memory(trainer, compute_dtype, lora_args):
     rows = min(args.train_batch_size, len(trainer.train_dataset))
     text += (
         f"activations {needed.activations / GB:.2f} and logits {needed.logits / GB:.2f} of the {rows} longest rows "
-        f"({_longest(trainer):,} tokens{', each layer computed twice' * checkpointing}); "
+        f"({plan.longest_batch():,} tokens{_how(plan)}); "
         f"{free_memory(args.device) / GB:.1f} GB free{' besides the weights' * bool(loaded)}"
     )
-    if needed.peak > _room(trainer):
+    if needed.peak > plan.room():
         text += "; this may not fit: lower --per_device_train_batch_size or --model_max_length, "
-        text += "or train with --q_lora" if checkpointing else "or set --gradient_checkpointing True"
+        text += "or train with --q_lora" if "gradient_checkpointing" in on else "or set --gradient_checkpointing True"
     return text
+
+
+def _how(plan):
+    """Say what lets the rows take less."""
+    text = ", each layer computed twice" * ("gradient_checkpointing" in plan.measures)
+    if "activation_offloading" in plan.measures:
+        place = f"files in {plan.args.output_dir}" if plan.args.device.type == "cpu" else "main memory"
+        text += f", the inputs of layers until then in {place}, {plan.offloaded() / GB:.2f} GB"
+    return text + f", feed-forward layers in pieces of {long_rows.PIECE:,} tokens" * ("tiled_mlp" in plan.measures)
+
+
+def _longest_rows(plan):
+    """Return the tokens of a row that fit as things are, and with more and more measures."""
+    (tokens, _), *others = plan.longest_rows()
+    more = [f"{_rounded(n)} with --{names[-1]} True{' besides' * bool(names[1:])}" for n, names in others]
+    return "; ".join([f"{_rounded(tokens)} tokens", *more])
+
+
+def _rounded(tokens):
+    """Write a number of tokens with two digits that count."""
+    return f"{float(f'{tokens:.1e}'):,.0f}"
 
 
 def _shared(engine, args):
@@ -324,14 +229,14 @@ def _shared(engine, args):
 # Disk
 
 
-def refuse_full_disk(trainer: transformers.Trainer, compute_dtype: torch.dtype) -> None:
+def refuse_full_disk(plan: Plan) -> None:
     """Refuse to train if a checkpoint would not fit on the disk of --output_dir.
 
     Raises:
         UserError: What a checkpoint takes, and what is free.
     """
-    args = trainer.args
-    size, free = _checkpoint_bytes(trainer, compute_dtype), free_disk(args.output_dir)
+    args = plan.args
+    size, free = _checkpoint_bytes(plan.trainer, plan.compute_dtype), free_disk(args.output_dir)
     if size > free:
         raise UserError(
             f"--output_dir {args.output_dir}: a checkpoint takes about {size / GB:.1f} GB and {free / GB:.1f} GB are "

@@ -8,7 +8,7 @@ import transformers
 
 from recipe.distributed import weights
 from recipe.model import experts
-from recipe.training import memory
+from recipe.training import resources
 
 # Dense bfloat16 peak (without sparsity) in FLOP/s of one GPU, by the name that torch.cuda.get_device_name() returns.
 # From NVIDIA's data sheets, November 2026; a card of the same chip with another name may be slower and is left out.
@@ -33,7 +33,7 @@ class Throughput(transformers.TrainerCallback):
 
     `entry()` gives, since the last call and over all processes: tokens_per_second, supervised_tokens_per_second,
     padding (share of computed positions that hold no token), memory_gb (peak of this process since training began, see
-    `memory.peak_memory`), minutes_left, and on known GPUs mfu, the share of the peak that the model's own operations
+    `resources.peak_memory`), minutes_left, and on known GPUs mfu, the share of the peak that the model's own operations
     take (as Megatron counts them, arXiv 2205.05198: what gradient checkpointing computes again is left out).
     """
 
@@ -51,7 +51,7 @@ class Throughput(transformers.TrainerCallback):
         self.counts = tuple(a + b for a, b in zip(self.counts, counts, strict=True))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        memory.start_peak(args.device)
+        resources.start_peak(args.device)
         self.mark = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class Throughput(transformers.TrainerCallback):
             "tokens_per_second": round(tokens / self.seconds, 1),
             "supervised_tokens_per_second": round(supervised / self.seconds, 1),
             "padding": round(1 - tokens / positions, 3),
-            "memory_gb": round(memory.peak_memory(args.device) / 1e9, 2),
+            "memory_gb": round(resources.peak_memory(args.device) / 1e9, 2),
             "minutes_left": round((state.max_steps - state.global_step) * self.seconds / self.steps / 60, 1),
         }
         peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if args.device.type == "cuda" else None

@@ -3,12 +3,14 @@
 Reads in the order of a run: the loss of a micro-batch, the rows of an epoch, evaluation, the log, saving.
 """
 
+import contextlib
 import copy
 import glob
 import json
 import math
 import os
 import shutil
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -314,7 +316,8 @@ class RecipeTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self._load_own(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _reading_version_only():
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
         if not self._load_own(self.state.best_model_checkpoint):
@@ -429,3 +432,23 @@ class RecipeTrainer(transformers.Trainer):
             except OSError as error:
                 problem = f"{os.path.join(output_dir, name)}: cannot be saved: {error}"
         weights.raise_on_all_ranks(problem)
+
+
+@contextlib.contextmanager
+def _reading_version_only():
+    """Within the context, the Trainer reads nothing of a checkpoint's config.json but the version that it compares.
+
+    transformers 5.23 reads the file as no model's in particular, and fails at a scaled rotary embedding (yarn, llama3).
+    """
+
+    class Saved:
+        def from_json_file(path):
+            with open(path, encoding="utf-8") as file:
+                return types.SimpleNamespace(transformers_version=json.load(file).get("transformers_version"))
+
+    whole = transformers.trainer.PreTrainedConfig
+    transformers.trainer.PreTrainedConfig = Saved
+    try:
+        yield
+    finally:
+        transformers.trainer.PreTrainedConfig = whole

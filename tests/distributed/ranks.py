@@ -24,6 +24,7 @@ import finetune  # noqa: E402
 from helpers import leave_pictures_out, parse  # noqa: E402
 from recipe import console, signals  # noqa: E402
 from recipe.distributed import engines, weights  # noqa: E402
+from recipe.model import long_rows  # noqa: E402
 from recipe.model.experts import is_routed_weight  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
@@ -105,6 +106,7 @@ def run(job):
             shutil.copytree(*job["copy"])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+    long_rows.PIECE, long_rows.SMALL = job.get("long", (2048, 1 << 16))
     finetune.RecipeTrainer = Watched
     Watched.signalled = job.get("signalled")
     try:

@@ -1,7 +1,6 @@
 """Each family of docs/families.md trains on packed rows, or on padded ones where packed ones would be wrong."""
 
 import json
-import shutil
 import types
 
 import families
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 from benchmarks import families as cells
-from helpers import ROOT, UNEVEN_ROWS, history, write
+from helpers import ROOT, UNEVEN_ROWS, write
 from recipe.console import UserError
 from recipe.distributed import engines
 from recipe.distributed.engines import Mode
@@ -24,49 +23,35 @@ def rows(tmp_path_factory):
     return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", UNEVEN_ROWS)
 
 
+CELLS = [(name, Mode.LORA) for name in cells.FAMILIES if not name.endswith("_text")]
+# Their files have other names than the model.
+CELLS += [("qwen3_moe", Mode.FULL), ("gemma3", Mode.FULL), ("qwen3_moe", "QLoRA of experts")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in cells.FAMILIES if not name.endswith("_text")])
-def test_an_adapter_of_each_family_trains_as_plain_torch_would_and_plain_peft_loads_it(
-    small_tokenizer, rows, tmp_path, capsys, name
+@pytest.mark.parametrize("name, mode", CELLS)
+def test_a_family_trains_and_goes_on_as_plain_torch_would_and_plain_libraries_load_it(
+    small_tokenizer, rows, tmp_path, name, mode
 ):
-    cell = cells.Cell(name, Mode.LORA, cells.ALONE)
-    model = families.family(name, tmp_path / "model", small_tokenizer)
-    finetune.train(cells.words(cell, model, rows, tmp_path / "out"))
-    losses = history(tmp_path / "out", "loss")
-    assert len(losses) == 2 and losses[0] == pytest.approx(cells.loss_alone(cell.mode, model, rows), rel=1e-5)
-    said = capsys.readouterr().out
-    padded = cells.PADDED in said
-    assert ("the indexers of sparse attention are frozen" in said) == name.startswith("qwen4_exp")
-    verdict = cells.read()[cell]["verdict"]
-    assert verdict.startswith("padded: ") if padded else verdict == "trained"
-    loaded = cells.load_plainly(cell.mode, model, tmp_path / "out")  # raises an error for a weight without a place
-    factors = [parameter for weight, parameter in loaded.named_parameters() if "lora_B" in weight]
-    assert len(factors) >= 4 and all(factor.any() for factor in factors)
+    """One cell of the table, as benchmarks/families.py runs all of them."""
+    cell = cells.Cell(name, mode, cells.ALONE)
+    model = families.family(name, tmp_path / name, small_tokenizer)
+    ((_, left),) = cells.run(cells.ALONE, [cell], tmp_path)
+    result = cells.judge(cell, left, model, rows)
+    assert result["verdict"] == cells.read()[cell]["verdict"]
+    assert result["loss_difference"] < 1e-5 and result["step_difference"] < 1e-4
+    assert ("the indexers of sparse attention are frozen" in left["said"]) == name.startswith("qwen4_exp")
+    factors = [weight for name, weight in torch.load(left["weights"]).items() if "lora_B" in name]
+    assert all(factor.any() for factor in factors) and (len(factors) >= 4 or mode == Mode.FULL)
 
 
 def test_the_document_has_the_table_of_all_committed_results():
     assert cells.table() in (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     found = [json.loads(line) for line in cells.RESULTS.read_text(encoding="utf-8").splitlines()]
-    assert len(found) == len(cells.FAMILIES) * len(cells.MODES) * len(cells.FLAGS)
+    assert len(found) == sum(len(cells.modes(family)) for family in cells.FAMILIES) * len(cells.FLAGS)
     assert all(cell["verdict"].partition(":")[0] in ("trained", "padded", "refused") for cell in found)
-    assert all(cell["loss_difference"] < 1e-4 for cell in found if not cell["verdict"].startswith("refused"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3"])
-def test_a_full_training_goes_on_from_its_checkpoint_where_files_have_other_names_than_the_model(
-    small_tokenizer, rows, tmp_path, name
-):
-    model = families.family(name, tmp_path / "model", small_tokenizer)
-    cell = cells.Cell(name, Mode.FULL, cells.ALONE)
-    more = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
-    finetune.train([*cells.words(cell, model, rows, tmp_path / "whole"), *more])
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    words = cells.words(cell, model, rows, tmp_path / "resumed")
-    finetune.train([*words, *more, "--resume_from_checkpoint", "auto"])
-    whole, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "resumed"))
-    assert history(tmp_path / "resumed", "loss") == history(tmp_path / "whole", "loss")
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[weight], resumed[weight]) for weight in whole)
+    kept = [cell for cell in found if not cell["verdict"].startswith("refused")]
+    assert all(cell["loss_difference"] < 1e-4 and cell["step_difference"] < 1e-3 for cell in kept)
 
 
 @pytest.mark.slow

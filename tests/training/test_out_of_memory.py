@@ -10,7 +10,8 @@ import torch
 
 from helpers import ROOT, ROWS, argv, parse, write
 from recipe.console import UserError
-from recipe.training import checkpoints, out_of_memory, start_report
+from recipe.training import checkpoints, out_of_memory
+from recipe.training.plan import Plan
 
 LIMITED = """
 import resource, sys, transformers
@@ -84,7 +85,7 @@ def test_the_flags_are_those_that_the_plan_finds_best(tiny_model, tmp_path, prep
     def best(*more):
         words = argv(tiny_model, rows, tmp_path / "out", "--gradient_checkpointing", "False", *more)
         arguments = parse(words)
-        found = start_report.remedies(prepared(words), torch.float32, arguments[3])
+        found = Plan(prepared(words), torch.float32, arguments[3]).remedies()
         assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
         return [flags for flags, _ in found]
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
 from helpers import ROOT, UNEVEN_ROWS, argv, history, write
-from recipe.training import memory
+from recipe.training import memory, resources
 from recipe.training.throughput import flops_per_token
 
 
@@ -57,20 +57,20 @@ def test_the_log_reports_the_tokens_of_a_second_of_optimizer_steps(tiny_model, d
 
 
 def test_the_reported_memory_is_the_peak_of_the_process_since_training_began(tiny_model, tmp_path):
-    before = memory.used_memory()
+    before = resources.used_memory()
     hoard = b"x" * 1_500_000_000
-    assert memory.peak_memory(torch.device("cpu")) > before + 1.4e9
+    assert resources.peak_memory(torch.device("cpu")) > before + 1.4e9
     del hoard
     data, out = write(tmp_path / "rows.jsonl", UNEVEN_ROWS), tmp_path / "out"
     finetune.train(argv(tiny_model, data, out, "--num_train_epochs", 1))
     reported = history(out, "memory_gb")[-1] * 1e9
     assert before - 5e7 < reported < before + 1e9  # which is rounded; and not of what was there before
-    assert reported == pytest.approx(memory.peak_memory(torch.device("cpu")), rel=0.05)
+    assert reported == pytest.approx(resources.peak_memory(torch.device("cpu")), rel=0.05)
 
 
 def test_the_peak_of_a_program_is_not_that_of_the_program_which_started_it():
     hoard = b"x" * 1_500_000_000
-    code = "import torch; from recipe.training import memory; print(memory.peak_memory(torch.device('cpu')))"
+    code = "import torch; from recipe.training import resources; print(resources.peak_memory(torch.device('cpu')))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert 1e8 < int(said) < len(hoard)
 
@@ -81,13 +81,13 @@ from recipe import console
 if sys.argv[1] == "bounded":
     console.configure_libraries()
 import torch
-from recipe.training import memory
+from recipe.training import resources
 
 rows, weight = torch.randn(600, 256, dtype=torch.bfloat16), torch.randn(256, 256, dtype=torch.bfloat16)
 for count in (1, 600):
     for length in range(1, count + 1):
         torch.nn.functional.linear(rows[:length], weight)
-    print(memory.used_memory())
+    print(resources.used_memory())
 """
 
 

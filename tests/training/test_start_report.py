@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import finetune
 from helpers import ROOT, ROWS, UNEVEN_ROWS, argv, history, write
 from recipe.console import UserError
-from recipe.training import start_report
+from recipe.training import plan, start_report
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
@@ -63,9 +64,13 @@ def test_the_largest_micro_batch_is_of_rows_in_use(tiny_model, tmp_path, prepare
     trainer = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 512))
     sizes = sorted(sum(len(d["input_ids"]) for d in trainer.train_dataset[i]) for i in range(len(UNEVEN_ROWS)))
     assert len(trainer.train_dataset) == len(UNEVEN_ROWS)
-    assert start_report._longest(trainer) == sum(sizes[-4:])
+    assert plan_of(trainer).longest_batch() == sum(sizes[-4:])
     padded = prepared(argv(tiny_model, data, tmp_path / "out", "--model_max_length", 512, "--padding_free", "False"))
-    assert start_report._longest(padded) == 4 * sizes[-1]
+    assert plan_of(padded).longest_batch() == 4 * sizes[-1]
+
+
+def plan_of(trainer):
+    return plan.Plan(trainer, torch.float32, finetune.LoraArguments())
 
 
 @pytest.mark.parametrize(
@@ -79,13 +84,10 @@ def test_layers_are_computed_twice_if_they_would_not_fit_otherwise_or_as_the_use
     data = write(tmp_path / "rows.jsonl", UNEVEN_ROWS)
     words = argv(tiny_model, data, tmp_path / "out", "--max_steps", 1, *more)
     trainer = prepared([*words, "--gradient_checkpointing", "False"])
-    lora_args = finetune.LoraArguments()
-    plain, checkpointed = (
-        start_report.estimate(trainer, finetune.torch.float32, lora_args, value).peak for value in (False, True)
-    )
+    planned = plan_of(trainer)
+    plain, checkpointed = (planned.estimate(on).peak for on in ([], ["gradient_checkpointing"]))
     assert checkpointed < plain
-    loaded = start_report._loaded(trainer.model, trainer.args.device)
-    monkeypatch.setattr(start_report, "free_memory", lambda device: int(room * plain) - loaded)
+    monkeypatch.setattr(plan, "free_memory", lambda device: int(room * plain) - planned.loaded())
     really, compute_loss = [], finetune.RecipeTrainer.compute_loss
     monkeypatch.setattr(
         finetune.RecipeTrainer,
