@@ -44,7 +44,7 @@ from recipe.dataset.conversations import Conversations, hold_out, named_sources
 from recipe.dataset.encoding import ChatEncoder
 from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
-from recipe.model import adapter, attention, experts, generation, loading, precision, quantised, rope
+from recipe.model import adapter, attention, experts, generation, loading, precision, quantised, rope, sequence
 from recipe.model.base_files import BaseFiles
 from recipe.training import answers, checkpoints, interruption, out_of_memory, start_report
 from recipe.training.plan import Plan
@@ -127,6 +127,8 @@ class TrainingArguments(transformers.TrainingArguments):
         "Layers' inputs wait in main memory (CPU: files). If not set, where it would not fit.", nargs="?", const=True)
     tiled_mlp: bool | None = flag(None,
         "Feed-forward layers take long rows in pieces. If not set, where it would not fit.", nargs="?", const=True)
+    sequence_parallel: int = flag(1,
+        "Ranks that share each row, for rows too long for one; models with full attention only.", at_least=1)
     bf16: bool | None = flag(None,
         "Compute in bfloat16. If not set, where the hardware is fast in it.", nargs="?", const=True)
     fp16: bool | None = flag(None, "Compute in float16. If not set, on GPUs without bfloat16.", nargs="?", const=True)
@@ -167,8 +169,7 @@ class LoraArguments:
     lora_alpha: int = flag(16, "Scale of the adapter: its output counts alpha / r times.", at_least=1)
     lora_dropout: float = flag(0.05, "Dropout before the adapter; more for few data, 0 for many.", at_least=0, below=1)
     lora_target_modules: list[str] | None = flag(None,
-        "Names of the layers to adapt, such as q_proj v_proj, or one regular expression. If not set, all linear layers "
-        "except the output head, routers and gates.")
+        "Layers to adapt (q_proj v_proj ...), or a regular expression. If not set, all linear ones but head and gates.")
     lora_experts: bool = flag(False,
         "Adapt routed experts, too, at rank lora_r / experts per token, without dropout; several times larger.")
     lora_weight_path: str = flag("", "Folder of an adapter to continue from; its rank and layers are kept.")
@@ -321,7 +322,7 @@ def load_model(
     kernel, options = model_args.attn_implementation, {}
     sharded = engines.engine_of(training_args).shards_weights
     if kernel == "auto" and training_args.padding_free:
-        kernel = attention.choose(config.get_text_config())
+        kernel = attention.choose(config.get_text_config(), training_args.sequence_parallel)
     if lora_args.q_lora and not quantised.quantisation(config.name_or_path, config.to_dict()):
         # Engines that shard can do so with numbers of the precision that they compute in, and not with bytes.
         storage = compute_dtype if sharded else torch.uint8
@@ -389,10 +390,8 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
     """Write the adapter (or the whole model), tokenizer, chat template and generation config to `output_dir`.
 
     The Trainer calls this function, too, for every checkpoint and for `best`. Every rank must call it.
-
     Args:
         rows: How many rows of every tensor of a whole model to write (None: all), for a rehearsal.
-
     Raises:
         UserError: The files cannot be written, or do not hold what was trained; on all ranks.
     """
@@ -466,7 +465,8 @@ def run(
         loading.compile_layers(model, training_args)  # with the adapter in the layers
     trainer = RecipeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        processing_class=tokenizer, data_collator=Collator(training_args.padding_free),
+        processing_class=tokenizer,
+        data_collator=Collator(training_args.padding_free, sequence.piece(training_args.sequence_parallel)),
         save=safe_save_model_for_hf_trainer, record=record, run_record=about, stop_ids=encoder.stop_ids,
         questions=answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder),
         metric=answers.load_metric(data_args.metric) if data_args.metric else None,

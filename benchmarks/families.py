@@ -2,7 +2,7 @@
 
 python benchmarks/families.py                                        # every cell, into benchmarks/families.jsonl
 python benchmarks/families.py --family qwen3 qwen3_5 --engine FSDP2  # these cells; lines of others stay
-python benchmarks/families.py table                                  # what docs/families.md shows
+python benchmarks/families.py table                                  # what docs/families.md shows, and the README
 
 A cell is a family, what is trained of it, and an engine. It takes two optimizer steps on rows of unequal length, in
 float32 on the CPU, with two ranks under each engine that shares the training out, and the second step once more from the
@@ -274,18 +274,38 @@ def table() -> str:
         cells = []
         for engine in FLAGS:
             verdicts = {mode: results[Cell(family, mode, engine)]["verdict"] for mode in modes(family)}
-            marks = {  # each verdict once, behind the modes that have it
-                verdict: ", ".join(mode for mode in verdicts if verdicts[mode] == verdict)
-                + (
-                    ""
-                    if verdict == "trained"
-                    else f": {verdict.partition(':')[0]} [{notes.setdefault(verdict, len(notes) + 1)}]"
-                )
-                for verdict in dict.fromkeys(verdicts.values())
-            }
-            cells.append("; ".join(marks.values()))
+            marks = []
+            for verdict in dict.fromkeys(verdicts.values()):  # each once, behind the modes that have it
+                having = [mode for mode in verdicts if verdicts[mode] == verdict]
+                text = "all" if len(having) == len(verdicts) else ", ".join(having)
+                if verdict != "trained":
+                    text += f": {verdict.partition(':')[0]} [{notes.setdefault(verdict, len(notes) + 1)}]"
+                marks.append(text)
+            cells.append("; ".join(marks))
         lines.append(f"| {family} | {models} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {verdict}" for verdict, number in notes.items())])
+
+
+def summary() -> str:
+    """Return the families by their verdict over all modes and engines, in Markdown."""
+    found: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        verdicts = {
+            (cell.engine, result["verdict"].partition(":")[0])
+            for cell, result in read().items()
+            if cell.family == family
+        }
+        words = ["trained, on padded rows" if "padded" in dict(verdicts).values() else "trained"]
+        words += [f"not with {engine}" for engine, verdict in sorted(verdicts) if verdict == "refused"]
+        found.setdefault("; ".join(words), []).append(family)
+    lines = [f"| {', '.join(families)} | {verdict} |" for verdict, families in found.items()]
+    return "\n".join(
+        [
+            "| families, by the `model_type` of their `config.json` | full, LoRA, QLoRA, every engine |",
+            "|---|---|",
+            *lines,
+        ]
+    )
 
 
 def read() -> dict[Cell, dict[str, Any]]:
@@ -312,7 +332,7 @@ def main() -> None:
     parser.add_argument("--mode", nargs="+", choices=list(map(str, MODES)), default=list(MODES))
     args = parser.parse_args()
     if args.what == "table":
-        print(table())
+        print(table(), summary(), sep="\n\n")
         return
     facts = {"versions": {name: importlib.metadata.version(name) for name in LIBRARIES}}
     facts["date"] = datetime.date.today().isoformat()

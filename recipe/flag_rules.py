@@ -86,6 +86,7 @@ def check_and_complete(
     _sampling(data_args, training_args)
     _packing(data_args, training_args, named)
     _long_rows(training_args, named)
+    _shared_rows(model_args, training_args)
     _evaluation(data_args, training_args, named)
 
 
@@ -179,6 +180,25 @@ def _long_rows(training_args: Any, named: dict[str, Any]) -> None:
         )
     if not (training_args.fsdp and training_args.fsdp_config.get("activation_checkpointing")):
         engines.set_checkpointing(training_args, True)
+
+
+def _shared_rows(model_args: Any, training_args: Any) -> None:
+    count, processes = training_args.sequence_parallel, training_args.world_size
+    if count == 1:
+        return
+    flag = f"--sequence_parallel {count}"
+    if processes % count:
+        raise UserError(
+            f"{flag}: {processes} processes cannot form groups of {count}; start a multiple of {count}, or leave it out."
+        )
+    others = {
+        "padding_free False": not training_args.padding_free,
+        f"attn_implementation {model_args.attn_implementation}": model_args.attn_implementation != "auto",
+        "neftune_noise_alpha": training_args.neftune_noise_alpha,
+        "torch_compile": training_args.torch_compile,
+    }
+    for other in (name for name, given in others.items() if given):
+        raise UserError(f"{flag} and --{other} exclude each other; leave out one of them.")
 
 
 def _packing(data_args: Any, training_args: Any, named: dict[str, Any]) -> None:

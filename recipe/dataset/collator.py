@@ -14,7 +14,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-from recipe.dataset.encoding import IGNORE_INDEX, Document
+from recipe.dataset.rendering import IGNORE_INDEX, Document, padding_document
 
 
 class Batch(TypedDict):
@@ -51,10 +51,11 @@ class Collator:
 
     Args:
         padding_free: one row without padding (True) or padded rows with an attention mask (False).
+        piece: (i, N), to take the i-th of N equal pieces of each padding-free row, which other ranks have the rest of.
     """
 
-    def __init__(self, padding_free: bool = True):
-        self.padding_free = padding_free
+    def __init__(self, padding_free: bool = True, piece: tuple[int, int] = (0, 1)):
+        self.padding_free, self.piece = padding_free, piece
 
     def __call__(self, conversations: Sequence[Sequence[Document]]) -> Batch:
         documents = [document for conversation in conversations for document in conversation]
@@ -62,13 +63,18 @@ class Collator:
             documents = [document for document in documents if not document.get("padding")]
         # A rank whose share of an evaluation set is empty still runs the model, because the other ranks wait for it.
         documents = documents or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2, "turns": []}]
+        over = -sum(len(document["input_ids"]) for document in documents) % self.piece[1]
+        if over and self.padding_free:
+            documents.append(padding_document(over))
         ids = [torch.tensor(document["input_ids"], dtype=torch.long) for document in documents]
         labels = [torch.tensor(document["labels"], dtype=torch.long) for document in documents]
         shifted = [torch.cat([label[1:], label.new_tensor([IGNORE_INDEX])]) for label in labels]
         batch = self._side_by_side(ids, labels, shifted) if self.padding_free else self._padded(ids, labels, shifted)
-        padding = sum(len(document["input_ids"]) for document in documents if document.get("padding"))
-        if padding:
-            batch["padding_tokens"] = padding
+        padding = torch.cat([torch.full((len(d["input_ids"]),), bool(d.get("padding"))) for d in documents])
+        if self.piece[1] > 1 and self.padding_free:
+            padding = padding[self._cut(batch)]
+        if padding.any():
+            batch["padding_tokens"] = int(padding.sum())
         numbers = [getattr(conversation, "number", None) for conversation in conversations]
         if rows := [number for number in numbers if number is not None]:
             batch["rows"] = rows
@@ -89,6 +95,17 @@ class Collator:
             "max_length_k": longest,
             "logits_to_keep": _supervised_positions(next_labels),
         }
+
+    def _cut(self, batch: Batch) -> slice:
+        """Leave this rank's piece in a batch, and return where it is; the ends stay those of the whole row's documents."""
+        number, count = self.piece
+        tokens = batch["input_ids"].shape[1]
+        here = slice(number * tokens // count, (number + 1) * tokens // count)
+        batch["max_length_k"] = tokens  # by which attention knows, see `attention.packed_attention`
+        batch["input_ids"], batch["position_ids"] = batch["input_ids"][:, here], batch["position_ids"][:, here]
+        batch["labels"], batch["shift_labels"] = batch["labels"][:, here], batch["shift_labels"][:, here]
+        batch["logits_to_keep"] = _supervised_positions(batch["shift_labels"])
+        return here
 
     def _padded(self, ids: list[torch.Tensor], labels: list[torch.Tensor], shifted: list[torch.Tensor]) -> Batch:
         pad = torch.nn.utils.rnn.pad_sequence

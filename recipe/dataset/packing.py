@@ -1,14 +1,15 @@
 """Rows of a fixed number of tokens, the order of an epoch, and datasets padded to whole batches."""
 
 import bisect
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from recipe.dataset.encoding import IGNORE_INDEX, Document
+from recipe.dataset.rendering import Document, padding_document
 
 OPEN_PACKS = 256  # the fill no longer grows beyond some hundred, while the search for the best pack takes longer
 CHUNK = 10_000  # row numbers that become Python integers at a time; a list of a million takes 36 MB
@@ -79,11 +80,6 @@ def conversations(dataset: Any) -> Any:
     return dataset.dataset if isinstance(dataset, PackedDataset) else dataset
 
 
-def padding_document(tokens: int) -> Document:
-    """Return a document of `tokens` tokens without labels."""
-    return {"input_ids": [0] * tokens, "labels": [IGNORE_INDEX] * tokens, "turns": [], "padding": True}
-
-
 def packed(dataset: Any, tokens: int, args: Any) -> PackedDataset:
     """Pack a dataset in the order and to the shape that TrainingArguments ask for."""
     seed = None if args.train_sampling_strategy == "sequential" else args.seed
@@ -109,6 +105,27 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         for part in self.order().split(CHUNK):
             yield from part.tolist()
         yield from range(self.rows, self.padded_rows)
+
+
+class SharedRows(torch.utils.data.Sampler[int]):
+    """The rows of a sampler, each batch of them several times in a row: for the ranks that share them.
+
+    Args:
+        sampler: the rows.
+        batch: how many make a batch of a rank; a last one that is not full is left out.
+        count: how many neighbouring ranks take the same batch.
+    """
+
+    def __init__(self, sampler: Collection[int], batch: int, count: int):
+        self.sampler, self.batch, self.count = sampler, batch, count
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch * self.batch * self.count
+
+    def __iter__(self) -> Iterator[int]:
+        rows = iter(self.sampler)
+        while len(batch := list(itertools.islice(rows, self.batch))) == self.batch:
+            yield from batch * self.count
 
 
 class NumberedRow(list[Document]):

@@ -39,6 +39,11 @@ class Document(TypedDict):
     padding: NotRequired[bool]
 
 
+def padding_document(tokens: int) -> Document:
+    """Return a document of `tokens` tokens without labels."""
+    return {"input_ids": [0] * tokens, "labels": [IGNORE_INDEX] * tokens, "turns": [], "padding": True}
+
+
 class Text:
     """A rendered text, the character spans of its supervised answers, and the turns they belong to (from 0).
 

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
 
 from recipe.console import say
+from recipe.model import sequence
 from recipe.model.precision import exact_float32
 
 PACKED = "packed"
@@ -33,8 +34,8 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, scaling: float | None = None,
-    dropout: float = 0.0, **options: Any,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, max_length_k: int | None = None,
+    scaling: float | None = None, dropout: float = 0.0, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Compute the attention of one layer, as transformers' attention interface requires.
 
@@ -44,6 +45,8 @@ def packed_attention(
         cu_seq_lens_q: int32 [documents + 1], 0 and where each document of the row ends, with B = 1; None for ordinary
             batches and for generation, which transformers' own sdpa implementation computes.
         max_length_q: int, length of the longest document or more.
+        max_length_k: int, the same; or the tokens of the whole row if other ranks have the rest of it (see
+            `sequence.py`), to whom `cu_seq_lens_q` and `max_length_q` apply as well.
     Returns:
         ([B, T, H, D], None).
     """
@@ -52,6 +55,11 @@ def packed_attention(
 
         options.update(scaling=scaling, dropout=dropout)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if sequence.is_shared() and (max_length_k or 0) > query.shape[2]:
+        query, key, value = map(sequence.to_heads, (query, key, value))
+        options.update(scaling=scaling, dropout=dropout)
+        attended, _ = packed_attention(module, query, key, value, None, cu_seq_lens_q, max_length_q, **options)
+        return sequence.to_tokens(attended), None
     dtype = _computing_dtype(query)
     if query.device.type == "cuda" and dtype.itemsize == 2 and not dropout:
         row = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]  # [T, H, D]
@@ -153,13 +161,17 @@ def can_pack(config: PreTrainedConfig) -> bool:
     return layer_kinds(config) <= WHOLE
 
 
-def choose(config: PreTrainedConfig) -> str:
+def choose(config: PreTrainedConfig, sharing: int = 1) -> str:
     """Choose the attention kernel for packed rows: PACKED, or one that observes the window of some layers.
 
+    Args:
+        config: Configuration of the decoder.
+        sharing: How many ranks share a row; a UserError if they cannot.
     Returns:
         A name for `attn_implementation`; "auto" leaves the choice to transformers, as for models with layers of other
         kinds, whose rows are padded (see `checks.packing_fault`).
     """
+    sequence.check(config, sharing)
     kinds = layer_kinds(config)
     if kinds <= WHOLE:
         return PACKED

@@ -118,7 +118,7 @@ def describe_run(model_args: Any, data_args: Any, training_args: Any, lora_args:
         "state_dict_type": args.fsdp_config["state_dict_type"] if args.fsdp else None,
         "processes": args.world_size,
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        "rows a step": each * args.world_size,
+        "rows a step": each * args.world_size // args.sequence_parallel,
         "rows sorted by length together": each if args.train_sampling_strategy == "group_by_length" else None,
         "data": _data(dataset),
         "tokenizer": _digest(json.dumps([tokenizer.get_vocab(), tokenizer.special_tokens_map], sort_keys=True)),

@@ -94,7 +94,9 @@ class SelfChecks(transformers.TrainerCallback):
         collator = trainer.data_collator
         if collator.padding_free:
             with trainer.accelerator.autocast():  # as in training
-                fault = packing_fault(trainer.model_wrapped, collator)
+                fault = packing_fault(trainer.model_wrapped, Collator())
+            if fault and args.sequence_parallel > 1:
+                raise UserError(f"--sequence_parallel {args.sequence_parallel}: {fault}; leave it out.")
             if fault:
                 collator.padding_free = False
                 say(

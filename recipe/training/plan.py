@@ -97,10 +97,10 @@ class Plan:
         Args:
             on: Which of MEASURES are on.
             mode: Another one than that of the arguments.
-            tokens: Another number of tokens of that micro-batch.
+            tokens: Another number of tokens of that micro-batch, of which ranks that share rows take their pieces.
         """
         args, dataset = self.args, packing.conversations(self.trainer.train_dataset)
-        tokens = self.longest_batch() if tokens is None else tokens
+        tokens = -(-(self.longest_batch() if tokens is None else tokens) // args.sequence_parallel)
         engine = engines.engine_of(args)
         if args.device.type == "cpu":  # everything is in main memory, and offloading weights changes nothing
             engine = dataclasses.replace(engine, offloads=False)
@@ -131,7 +131,7 @@ class Plan:
         """Return the bytes of all inputs of layers, which --activation_offloading keeps off the device."""
         config, autocast = self.size.config, self.mode == engines.Mode.FULL and not self.args.deepspeed
         wide = 4 if autocast else self.compute_dtype.itemsize
-        return wide * config.hidden_size * len(self.size.layers) * self.longest_batch()
+        return wide * config.hidden_size * len(self.size.layers) * self.longest_batch() // self.args.sequence_parallel
 
     def longest_rows(self) -> list[tuple[int, list[str]]]:
         """Return how many tokens a row may have with the measures that are on, and with more and more of the others."""
@@ -186,10 +186,11 @@ class Plan:
             self.trainer.add_callback(long_rows.Inputs(args.device, args.output_dir))
         if args.tiled_mlp:
             # Ranks of ZeRO-3 gather weights whenever one of them computes, and so must compute equally often.
-            count = (
-                -(-self.longest_batch() // long_rows.PIECE) if engines.engine_of(args).deepspeed_stage == 3 else None
+            count, together = (
+                self.longest_batch() // args.sequence_parallel,
+                engines.engine_of(args).deepspeed_stage == 3,
             )
-            long_rows.in_pieces(self._layers(), count)
+            long_rows.in_pieces(self._layers(), -(-count // long_rows.PIECE) if together else None)
 
     def _obstacle(self, measure):
         """Return why one of MEASURES cannot be switched on; None if it can."""

@@ -36,6 +36,7 @@ def describe(plan: Plan) -> str:
         facts["routed experts"] = routed
     if args.world_size > 1:
         facts["engine"] = f"{engines.engine_of(args).label}, {args.world_size} processes"
+        facts["engine"] += f", {args.sequence_parallel} of which share each row" * (args.sequence_parallel > 1)
     if trainer.head is None:
         facts["loss"] = f"from whole logits, which takes more memory: {obstacle_to_fusing(model)}"
     for name, dataset in (trainer.eval_dataset or {}).items():
@@ -124,10 +125,11 @@ def refuse_no_batch(dataset: torch.utils.data.Dataset, args: Any) -> None:
     Raises:
         UserError: With --dataloader_drop_last, the rows do not fill one batch of all ranks.
     """
-    if args.dataloader_drop_last and len(dataset) < args.train_batch_size * args.world_size:
+    ranks = args.world_size // args.sequence_parallel
+    if args.dataloader_drop_last and len(dataset) < args.train_batch_size * ranks:
         raise UserError(
             f"--dataloader_drop_last True: {len(dataset)} rows do not fill one batch of {args.train_batch_size} rows "
-            f"on each of {args.world_size} ranks, so nothing would be trained; leave the flag out or lower "
+            f"on each of {ranks} ranks, so nothing would be trained; leave the flag out or lower "
             "--per_device_train_batch_size."
         )
 
@@ -149,7 +151,7 @@ def _steps(trainer):
         text += "conversations an optimizer step; "
     text += (
         f"{len(dataset):,} {rows} / ({args.train_batch_size} a device x {args.gradient_accumulation_steps} "
-        f"accumulated x {args.world_size} ranks) = {epoch:,} an epoch"
+        f"accumulated x {args.world_size // args.sequence_parallel} ranks) = {epoch:,} an epoch"
     )
     if args.dataloader_drop_last:
         text += ", without the incomplete last batch"

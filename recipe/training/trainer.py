@@ -28,7 +28,7 @@ from recipe.console import UserError
 from recipe.dataset import mixing, packing
 from recipe.distributed import engines, weights
 from recipe.model import adapter as adapters
-from recipe.model import experts, loading, rope
+from recipe.model import experts, loading, rope, sequence
 from recipe.model.loss import fuse_loss_into_head, supervised_loss
 from recipe.model.noise import EmbeddingNoise
 from recipe.training import answers, checkpoints, checks, staging
@@ -71,6 +71,7 @@ class RecipeTrainer(transformers.Trainer):
     ):
         config = model.config.get_text_config()
         use_cache = config.use_cache
+        sequence.set_up(kwargs["args"].sequence_parallel)
         adapters.remember_start(model)
         # Of the settings that transformers sets while it trains, those that the configuration has not. That of a vision
         # checkpoint has them in its part for text.
@@ -89,6 +90,10 @@ class RecipeTrainer(transformers.Trainer):
         self.noise = EmbeddingNoise(self.model, alpha) if alpha else None
         # An adapter leaves the routers as they are, and their balance with them.
         self.balancing = 0.0 if hasattr(model, "peft_config") else experts.balancing_weight(model.config)
+        if self.balancing and self.args.sequence_parallel > 1:
+            raise UserError(
+                "--sequence_parallel: the load-balancing loss needs the routers' scores of a whole row; leave it out."
+            )
         self.best_loss = self._recorded_best()
         self._eval_sums = self._file_sums = self._evaluated = None
         self._run_dir: str | None = None  # where a checkpoint is being written
@@ -149,8 +154,12 @@ class RecipeTrainer(transformers.Trainer):
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         """Fill the last batches with empty conversations; the Trainer would take some rows twice."""
+        sharing = self.args.sequence_parallel
         if not (is_training and self.args.dataloader_drop_last):
-            dataset = packing.PaddedToBatch(dataset, batch_size * self.args.world_size)
+            dataset = packing.PaddedToBatch(dataset, batch_size * self.args.world_size // sharing)
+        if sharing > 1:
+            order = kwargs.pop("sampler_fn")
+            kwargs["sampler_fn"] = lambda rows: packing.SharedRows(order(rows) or range(len(rows)), batch_size, sharing)
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):

@@ -53,7 +53,9 @@ def test_every_command_runs_in_the_order_of_the_text(tiny_model, tmp_path):
             assert "learning rate of 0.0001" in said and (tmp_path / "output" / "best" / "metrics.json").exists()
         if command.startswith("bash finetune_"):
             checkpoints.verify_saved(tmp_path / command.split()[-1])
-            assert "single_gpu" in command or "x 2 ranks" in said and "engine: " in said
+            shared = "--sequence_parallel" in command
+            ranks = "2 of which share each row" if shared else "x 2 ranks"
+            assert "single_gpu" in command or ranks in said and "engine: " in said
         if " eval.py" in command and "Instruct output " in command:
             assert said.count("\n| ") == 2 and "| exact_match | valid_json | eval_loss |" in said
         elif " eval.py" in command:

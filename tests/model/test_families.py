@@ -47,6 +47,7 @@ def test_a_family_trains_and_goes_on_as_plain_torch_would_and_plain_libraries_lo
 
 def test_the_document_has_the_table_of_all_committed_results():
     assert cells.table() in (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert cells.summary() in (ROOT / "README.md").read_text(encoding="utf-8")
     found = [json.loads(line) for line in cells.RESULTS.read_text(encoding="utf-8").splitlines()]
     assert len(found) == sum(len(cells.modes(family)) for family in cells.FAMILIES) * len(cells.FLAGS)
     assert all(cell["verdict"].partition(":")[0] in ("trained", "padded", "refused") for cell in found)
