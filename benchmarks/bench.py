@@ -7,7 +7,9 @@
 On a GPU the shapes are 1.5b and 7b with LoRA, QLoRA and all weights (--mode), conversations of 2,048 tokens (--length).
 
 Shapes: smollm2 (SmolLM2-135M-Instruct, real weights); toy, 0.1b, 0.5b, 1.5b, 7b: random Qwen2 layers, 151,936 words
-(50,000 for toy). Variants: recipe; trl (SFTTrainer as it comes); trl_best (SFTTrainer without checkpointing and in
+(50,000 for toy). 0.1b-hybrid: Qwen3.5 layers, three gated delta nets to one of full attention; 0.1b-mixture: Qwen3-MoE
+layers of 32 experts, 8 for a token, which the mode experts adapts as well. Variants: recipe; recipe_padded (the recipe with
+--padding_free False); trl (SFTTrainer as it comes); trl_best (SFTTrainer without checkpointing and in
 the recipe's precision); padded (the loop of FastChat and Qwen: rows padded to the longest, all logits); llamafactory
 and unsloth (as they come), which pin other versions and are left out where their environments .venv-llamafactory and
 .venv-unsloth are missing; unsloth needs a GPU.
@@ -31,14 +33,17 @@ sys.path.insert(0, str(ROOT))
 SHAPES = {  # hidden, layers, intermediate, heads, kv heads
     "toy": (64, 2, 128, 4, 2),
     "0.1b": (512, 8, 2048, 8, 2),
+    "0.1b-hybrid": (512, 8, 2048, 8, 2),
+    "0.1b-mixture": (512, 6, 2048, 8, 2),
     "0.5b": (896, 24, 4864, 14, 2),
     "1.5b": (1536, 28, 8960, 12, 2),
     "7b": (3584, 28, 18944, 28, 4),
 }
 RESULTS = pathlib.Path(__file__).parent / "peers.jsonl"
 MODES = {"LoRA": ["--use_lora"], "QLoRA": ["--q_lora"], "full": []}  # the recipe's flags
-RATE = {"LoRA": 1e-4, "QLoRA": 1e-4, "full": 1e-5}
-VARIANTS = ("recipe", "trl", "trl_best", "padded", "llamafactory", "unsloth")
+EXPERTS = {"experts": ["--use_lora", "--lora_experts"]}  # a mode of mixtures
+RATE = {"LoRA": 1e-4, "QLoRA": 1e-4, "full": 1e-5, "experts": 1e-4}
+VARIANTS = ("recipe", "recipe_padded", "trl", "trl_best", "padded", "llamafactory", "unsloth")
 OWN_VERSIONS = ("llamafactory", "unsloth")
 BATCH, RANK = 8, 16
 
@@ -92,19 +97,26 @@ def model_folder(shape, work):
     if folder.exists():
         return folder
     import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3_5TextConfig, Qwen3MoeConfig
 
     hidden, layers, wide, heads, groups = SHAPES[shape]
     tokenizer = AutoTokenizer.from_pretrained(real)
     torch.manual_seed(0)
-    config = Qwen2Config(
+    kinds = {"0.1b-hybrid": Qwen3_5TextConfig, "0.1b-mixture": Qwen3MoeConfig}
+    more = {
+        "0.1b-hybrid": dict(head_dim=64, linear_num_key_heads=8, linear_num_value_heads=8, linear_key_head_dim=64,
+                            linear_value_head_dim=64),
+        "0.1b-mixture": dict(head_dim=64, num_experts=32, num_experts_per_tok=8, moe_intermediate_size=256),
+    }  # fmt: skip
+    config = kinds.get(shape, Qwen2Config)(
         vocab_size=50_000 if shape == "toy" else 151_936, hidden_size=hidden, intermediate_size=wide,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=shape != "7b",
         max_position_embeddings=8192, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **more.get(shape, {}),
     )  # fmt: skip
     cuda = torch.cuda.is_available()  # 7B random numbers take minutes elsewhere
     with torch.device("cuda" if cuda else "cpu"):
-        model = Qwen2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.to(torch.bfloat16 if cuda else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -142,7 +154,7 @@ def watched(callback):
     trainer.RecipeTrainer.__init__ = with_callback
 
 
-def recipe(folder, data, out, steps, mode):
+def recipe(folder, data, out, steps, mode, *more):
     from recipe import console
 
     console.configure_libraries()  # as finetune.py does when it starts
@@ -153,10 +165,15 @@ def recipe(folder, data, out, steps, mode):
     lora = ["--lora_r", RANK, "--lora_alpha", 32, "--lora_dropout", 0] if mode != "full" else []
     words = ["--model_name_or_path", folder, "--data_path", data, "--output_dir", out, "--max_steps", steps,
              "--save_strategy", "no", "--per_device_train_batch_size", BATCH, "--logging_steps", 1, "--disable_tqdm",
-             "True", "--train_sampling_strategy", "sequential", "--learning_rate", RATE[mode], *MODES[mode], *lora]  # fmt: skip
+             "True", "--train_sampling_strategy", "sequential", "--learning_rate", RATE[mode], *{**MODES, **EXPERTS}[mode], *lora,
+             *more]  # fmt: skip
     finetune.train([str(word) for word in words])
     log = json.loads((pathlib.Path(out) / "trainer_state.json").read_text())["log_history"]
     return clock.seconds, [entry["loss"] for entry in log if "loss" in entry]
+
+
+def recipe_padded(folder, data, out, steps, mode):
+    return recipe(folder, data, out, steps, mode, "--padding_free", "False")
 
 
 def encoded(folder, data):
@@ -171,11 +188,14 @@ def encoded(folder, data):
     return [{"input_ids": d["input_ids"], "labels": d["labels"]} for d in documents]
 
 
-def adapter():
+def adapter(mode):
     import peft
 
+    experts = ".*experts.*"
+    more = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {experts: RANK // 8}, "alpha_pattern": {experts: 4}} if mode == "experts" else {}  # fmt: skip
     return peft.LoraConfig(
-        task_type="CAUSAL_LM", r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", **more
     )  # fmt: skip
 
 
@@ -217,7 +237,7 @@ def trl(folder, data, out, steps, mode, best=False):
     )  # fmt: skip
     rows = datasets.Dataset.from_list(encoded(folder, data))
     trainer = SFTTrainer(
-        str(folder), args=config, train_dataset=rows, peft_config=adapter() if mode != "full" else None,
+        str(folder), args=config, train_dataset=rows, peft_config=adapter(mode) if mode != "full" else None,
         processing_class=AutoTokenizer.from_pretrained(folder),
     )  # fmt: skip
     return trained(trainer, Clock())
@@ -389,7 +409,7 @@ def main():
     parser.add_argument("what", nargs="?", default="measure", choices=["measure", "table"])
     shapes = ["1.5b", "7b"] if cuda else ["smollm2", "0.1b", "0.5b"]
     parser.add_argument("--shape", nargs="+", default=shapes, choices=["smollm2", *SHAPES])
-    parser.add_argument("--mode", nargs="+", default=list(MODES) if cuda else ["LoRA"], choices=list(MODES))
+    parser.add_argument("--mode", nargs="+", default=list(MODES) if cuda else ["LoRA"], choices=[*MODES, *EXPERTS])
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, the first of them for warming up")
     parser.add_argument("--repeats", type=int, default=1 if cuda else 2)

@@ -1,15 +1,18 @@
-"""How cost grows: with rows in the file, length of documents, documents in a row, turns in a conversation.
+"""How cost grows: with rows in the file, the length of documents and of rows, documents in a row, turns, experts, ranks.
 
     python benchmarks/growth.py                    # all of it, some minutes on two cores and 3 GB of disk
     python benchmarks/growth.py rows --rows 1000 1000000
 
 rows: the whole program on a file of 2 KB rows, until its first optimizer step is done, lazy and eager, where an eager
 run comes twice (the second opens the tokens of the first); memory is the peak of the process. length, documents: one
-optimizer step of a 0.1B model on the same number of tokens. turns: one conversation to ids and labels.
+optimizer step of a 0.1B model on the same number of tokens. one_row: a step on one document of more and more tokens.
+experts: a step of a mixture in which a token always passes 4 experts. turns: one conversation to ids and labels. ranks: a
+step of a toy model under more and more ranks, each with a row of its own, and all of them sharing one row.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import random
 import statistics
@@ -69,20 +72,24 @@ def rows(work, counts):
         path.unlink()
 
 
-def steps(work, shapes):
-    """Seconds of one forward and backward pass of a packed row, for lists of document lengths."""
+def steps(work, shapes, config=None, repeats=3):
+    """Seconds of one forward and backward pass of a packed row, for lists of document lengths; 0.1b, or a configuration."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from recipe.dataset.collator import Collator
     from recipe.model import attention, loss
+    from recipe.model import experts as low_rank
     from recipe.model.loss import supervised_loss
     from recipe.model.precision import best_dtype
 
     attention.register()
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder("0.1b", work), attn_implementation=attention.PACKED, dtype=best_dtype(True)
-    )
+    how = {"attn_implementation": attention.PACKED, "dtype": best_dtype(True)}
+    if config is None:
+        model = AutoModelForCausalLM.from_pretrained(model_folder("0.1b", work), **how)
+    else:
+        model = AutoModelForCausalLM.from_config(config, **how)
+        low_rank.use_low_rank_forward(model)
     model.requires_grad_(False)
     model.enable_input_require_grads()
     head = loss.fuse_loss_into_head(model)
@@ -90,7 +97,7 @@ def steps(work, shapes):
         ids = torch.randint(1000, 40_000, (sum(lengths),)).tolist()
         documents = [[{"input_ids": ids[:n], "labels": [-100] * (n // 2) + ids[n // 2 : n]}] for n in lengths]
         batch, seconds = Collator()(documents), []
-        for _ in range(4):
+        for _ in range(1 + repeats):
             start = time.perf_counter()
             supervised_loss(model, batch, head=head)[0].backward()
             seconds.append(time.perf_counter() - start)
@@ -114,6 +121,61 @@ def documents(work, tokens=4096):
     table(f"documents, {tokens:,} tokens in all", "seconds", counts, [f"{seconds:.2f}" for seconds in found])
 
 
+def one_row(work):
+    lengths = (2048, 8192, 32_768)
+    found = steps(work, [[n] for n in lengths], repeats=2)
+    milliseconds = [f"{1000 * seconds / n:.2f}" for seconds, n in zip(found, lengths, strict=True)]
+    table("tokens of one row, one document", "milliseconds a token", lengths, milliseconds)
+
+
+def experts(work, tokens=4096):
+    from transformers import Qwen3MoeConfig
+
+    counts, found = (4, 16, 64), []
+    for count in counts:
+        config = Qwen3MoeConfig(
+            hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+            vocab_size=50_000, num_experts=count, num_experts_per_tok=4, moe_intermediate_size=256,
+        )  # fmt: skip
+        found += steps(work, [[512] * (tokens // 512)], config)
+    table(f"experts, 4 for a token, {tokens:,} tokens", "seconds", counts, [f"{seconds:.2f}" for seconds in found])
+
+
+OF_RANKS = """
+import statistics, sys
+sys.path.insert(0, sys.argv[1])
+import bench
+from recipe import console
+console.configure_libraries()
+import finetune
+
+clock = bench.Clock()
+bench.watched(clock)
+finetune.train(sys.argv[2:])
+if console.rank() == 0:
+    print("milliseconds", 1000 * statistics.median(clock.seconds[5:]), flush=True)
+"""
+
+
+def ranks(work):
+    counts, folder = (1, 2, 4), model_folder("toy", work)
+    row = {"prompt": "say " * 100, "completion": "word " * 100}
+    (work / "rows.jsonl").write_text((json.dumps(row) + "\n") * 120)
+    (work / "ranks.py").write_text(OF_RANKS)
+    for title, shares in (("ranks, each with a row", False), ("ranks that share a row", True)):
+        found = []
+        for count in counts:
+            words = ["--model_name_or_path", folder, "--data_path", work / "rows.jsonl", "--output_dir", work / "out",
+                     "--use_lora", "--max_steps", 30, "--per_device_train_batch_size", 1, "--save_strategy", "no",
+                     "--disable_tqdm", "True", "--use_cpu", "True", "--sequence_parallel", count if shares else 1]  # fmt: skip
+            launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", work / "ranks.py"]
+            command = [*launch, pathlib.Path(__file__).parent, *words]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, env=environment)
+            found.append(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("milliseconds")))
+        table(title, "milliseconds a step", counts, [f"{float(milliseconds):.0f}" for milliseconds in found])
+
+
 def turns(work):
     from transformers import AutoTokenizer
 
@@ -134,7 +196,9 @@ def turns(work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["rows", "length", "documents", "turns"])
+    parser.add_argument(
+        "what", nargs="*", default=["rows", "length", "documents", "one_row", "experts", "turns", "ranks"]
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,8 @@
     python benchmarks/long_rows.py table                    # what docs/performance.md shows
 
 Every run is a process of finetune.py, LoRA r 16, one conversation a step, half of its tokens supervised; the runs of a
-repeat follow one another. `gb` is what training takes at its peak: on a GPU all tensors, on a CPU the process without
-what it held before the model was loaded. `estimated` is the start block's figure for the same.
+repeat follow one another. `gb` is the peak of the device: on a GPU all tensors, on a CPU the whole process; `libraries` is
+the start block's figure for Python and its libraries, `estimated` that for all the rest.
 """
 
 import argparse
@@ -44,7 +44,6 @@ def measure(args):
     console.configure_libraries()
     import finetune
     from recipe.model.precision import best_dtype, dtype_name
-    from recipe.training import resources
 
     (shape,), (mode,), (tokens,), (name,) = args.shape, args.mode, args.tokens, args.measures
     folder, (offloading, tiled) = model_folder(shape, args.work), MEASURES[name]
@@ -52,7 +51,6 @@ def measure(args):
     rows.write_text((json.dumps(conversation(AutoTokenizer.from_pretrained(folder), tokens)) + "\n") * args.steps)
     clock, cuda = Clock(), torch.cuda.is_available()
     watched(clock)
-    before = 0 if cuda else resources.used_memory()
     words = ["--model_name_or_path", folder, "--data_path", rows, "--output_dir", args.work / "out", "--max_steps",
              args.steps, "--per_device_train_batch_size", 1, "--save_strategy", "no", "--disable_tqdm", "True",
              "--logging_steps", 1, "--lora_r" if mode != "full" else "--seed", 16, *MODES[mode],
@@ -64,7 +62,8 @@ def measure(args):
     total, libraries = (re.search(p, line) for p in (r"about ([\d.]+) GB", r"its libraries ([\d.]+)"))
     log = json.loads((args.work / "out" / "trainer_state.json").read_text())["log_history"]
     print(json.dumps({
-        "shape": shape, "mode": mode, "tokens": tokens, "measures": name, "gb": round((peak_memory() - before) / 1e9, 3),
+        "shape": shape, "mode": mode, "tokens": tokens, "measures": name, "gb": round(peak_memory() / 1e9, 3),
+        "libraries": float(libraries[1]) if libraries else 0.0,
         "estimated": round(float(total[1]) - (float(libraries[1]) if libraries else 0), 3),
         "seconds": round(statistics.median(clock.seconds[1:]), 3), "loss": log[0]["loss"],
         "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
@@ -79,9 +78,12 @@ def table(results=RESULTS):
         run = json.loads(line)
         where = f"{run['shape']} {run['mode']}, {run['dtype']}, {run['device']}, torch {run['torch']}, {run['date']}"
         runs.setdefault((where, run["tokens"]), {}).setdefault(run["measures"], []).append(run)
-    lines = ["| | tokens of the row | GB | by the formula | seconds a step |", "|---|---|---|---|---|"]
+    title = "| | tokens of the row | GB besides Python and its libraries | by the formula | seconds a step |"
+    lines = [title, "|---|---|---|---|---|"]
     for (where, tokens), found in runs.items():
         lines.append(f"| **{where}** | | | | |")
+        for run in (run for some in found.values() for run in some):
+            run["gb"] -= run["libraries"]
         middle = {
             name: {key: statistics.median(run[key] for run in found[name]) for key in ("gb", "estimated", "seconds")}
             for name in MEASURES

@@ -193,6 +193,7 @@ def _shared_rows(model_args: Any, training_args: Any) -> None:
         )
     others = {
         "padding_free False": not training_args.padding_free,
+        "average_tokens_across_devices False": not training_args.average_tokens_across_devices,
         f"attn_implementation {model_args.attn_implementation}": model_args.attn_implementation != "auto",
         "neftune_noise_alpha": training_args.neftune_noise_alpha,
         "torch_compile": training_args.torch_compile,

@@ -46,7 +46,7 @@ def test_variants_start_from_the_same_loss_and_are_tabulated(tmp_path):
     assert f"| padded | {slower:,.0f}, {speed / slower:.1f} x slower, " in output("bench.py", "table", *where)
 
 
-@pytest.mark.parametrize("program", ["bench.py", "lengths.py", "served.py"])
+@pytest.mark.parametrize("program", ["bench.py", "lengths.py", "served.py", "soak.py", "long_rows.py"])
 def test_the_tables_in_the_documents_are_those_of_the_results(program):
     assert output(program, "table") in DOCUMENTS
 

@@ -157,6 +157,7 @@ def test_a_number_of_processes_that_forms_no_groups_is_refused(rows, tmp_path):
         (["--attn_implementation", "sdpa"], "attn_implementation sdpa"),
         (["--neftune_noise_alpha", "5"], "neftune_noise_alpha"),
         (["--torch_compile", "True"], "torch_compile"),
+        (["--average_tokens_across_devices", "False"], "average_tokens_across_devices False"),
     ],
 )
 def test_flags_that_contradict_shared_rows_are_refused(qwen3, rows, tmp_path, flags, other):
