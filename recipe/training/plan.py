@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -159,7 +160,8 @@ class Plan:
         from accelerate.utils import gather_object
 
         args = self.args
-        obstacles = {name: self._obstacle(name) for name in MEASURES}
+        found = gather_object([{name: self._obstacle(name) for name in MEASURES}])  # disks may differ
+        obstacles = {name: next((of[name] for of in found if of[name]), None) for name in MEASURES}
         for name, obstacle in obstacles.items():
             if getattr(args, name) and obstacle:
                 raise UserError(f"--{name}: {obstacle}; leave it out.")
@@ -186,11 +188,9 @@ class Plan:
             self.trainer.add_callback(long_rows.Inputs(args.device, args.output_dir))
         if args.tiled_mlp:
             # Ranks of ZeRO-3 gather weights whenever one of them computes, and so must compute equally often.
-            count, together = (
-                self.longest_batch() // args.sequence_parallel,
-                engines.engine_of(args).deepspeed_stage == 3,
-            )
-            long_rows.in_pieces(self._layers(), -(-count // long_rows.PIECE) if together else None)
+            together = engines.engine_of(args).deepspeed_stage == 3
+            pieces = math.ceil(self.longest_batch() / args.sequence_parallel / long_rows.PIECE) if together else None
+            long_rows.in_pieces(self._layers(), pieces)
 
     def _obstacle(self, measure):
         """Return why one of MEASURES cannot be switched on; None if it can."""

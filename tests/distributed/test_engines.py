@@ -147,7 +147,7 @@ def jobs(label, folder, tiny_model, qwen3, moe, hybrid, data):
         checkpointed = [*plain, "--gradient_checkpointing", "True", *no_dropout]
         yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed)}
         name, long = f"{mode} long", ["--activation_offloading", "True", "--tiled_mlp", "True"]
-        yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed, *long), "long": [16, 256]}
+        yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed, *long), "long": [64, 256]}
         packed = [
             "--pack_tokens",
             "64",
@@ -254,9 +254,9 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(ran, engine, mod
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("engine", WHOLE)
 def test_what_lets_long_rows_fit_changes_no_loss_and_no_gradient(ran, engine, mode):
-    """Feed-forward layers take 16 tokens at once, and the inputs of layers lie in files."""
+    """Feed-forward layers take 64 tokens at once, and the inputs of layers lie in files."""
     long, plain = (ran(engine)[f"{mode} {how}"] for how in ("long", "checkpointed"))
-    assert "feed-forward layers in pieces of 16 tokens" in long["said"] and "until then in files in" in long["said"]
+    assert "feed-forward layers in pieces of 64 tokens" in long["said"] and "until then in files in" in long["said"]
     for key in ("loss", "grad_norm"):
         assert log(long, key) == pytest.approx(log(plain, key), rel=1e-5), key
 
