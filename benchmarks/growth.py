@@ -168,8 +168,8 @@ def ranks(work):
             words = ["--model_name_or_path", folder, "--data_path", work / "rows.jsonl", "--output_dir", work / "out",
                      "--use_lora", "--max_steps", 30, "--per_device_train_batch_size", 1, "--save_strategy", "no",
                      "--disable_tqdm", "True", "--use_cpu", "True", "--sequence_parallel", count if shares else 1]  # fmt: skip
-            launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", work / "ranks.py"]
-            command = [*launch, pathlib.Path(__file__).parent, *words]
+            launch = ["-m", "torch.distributed.run", f"--nproc_per_node={count}"] if count > 1 else []
+            command = [sys.executable, *launch, work / "ranks.py", pathlib.Path(__file__).parent, *words]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, env=environment)
             found.append(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("milliseconds")))
