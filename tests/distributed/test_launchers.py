@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import finetune
-from helpers import ROOT, ROWS, argv, parse, write
+from helpers import ROOT, ROWS, argv, history, parse, write
 from recipe import command_line, launch
 from recipe.console import UserError
 from recipe.distributed import nodes
@@ -624,3 +624,13 @@ def test_the_launcher_of_deepspeed_works_too(tiny_model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "x 2 ranks" in done.stdout and "engine: ZeRO-2" in done.stdout
     assert (tmp_path / "output" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_launchers_only_process_trains(tiny_model, tmp_path):
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    words = argv(tiny_model, data, tmp_path / "out", "--use_lora", "--use_cpu", "True", "--max_steps", 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", ROOT / "finetune.py", *words]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(history(tmp_path / "out", "loss")) == 2
