@@ -390,6 +390,7 @@ def safe_save_model_for_hf_trainer(trainer: RecipeTrainer, output_dir: str, rows
     """Write the adapter (or the whole model), tokenizer, chat template and generation config to `output_dir`.
 
     The Trainer calls this function, too, for every checkpoint and for `best`. Every rank must call it.
+
     Args:
         rows: How many rows of every tensor of a whole model to write (None: all), for a rehearsal.
     Raises:
@@ -465,11 +466,10 @@ def run(
         loading.compile_layers(model, training_args)  # with the adapter in the layers
     trainer = RecipeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        processing_class=tokenizer,
         data_collator=Collator(training_args.padding_free, sequence.piece(training_args.sequence_parallel)),
-        save=safe_save_model_for_hf_trainer, record=record, run_record=about, stop_ids=encoder.stop_ids,
+        save=safe_save_model_for_hf_trainer, processing_class=tokenizer, record=record, run_record=about,
         questions=answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder),
-        metric=answers.load_metric(data_args.metric) if data_args.metric else None,
+        metric=answers.load_metric(data_args.metric) if data_args.metric else None, stop_ids=encoder.stop_ids,
     )  # fmt: skip
     plan = Plan(trainer, compute_dtype, lora_args)
     plan.choose()

@@ -353,6 +353,21 @@ def one(shape, variant, mode, args):
     }))  # fmt: skip
 
 
+def recorded(command, results, what):
+    """Run a program that prints a JSON line last; print that line, append it to `results` and return it as a dict.
+
+    Where it fails, its last line of errors is printed behind `what`, and None returned.
+    """
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        print(f"{what} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
+        return None
+    print(line := done.stdout.strip().splitlines()[-1], flush=True)
+    with open(results, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    return json.loads(line)
+
+
 def interpreter(variant):
     """The Python of a variant: that of its own environment, where it has one."""
     return ROOT / f".venv-{variant}" / "bin" / "python" if variant in OWN_VERSIONS else pathlib.Path(sys.executable)
@@ -363,19 +378,14 @@ def compare(args):
     variants = [variant for variant in args.variant if variant not in OWN_VERSIONS or interpreter(variant).exists()]
     for shape, mode in itertools.product(args.shape, args.mode):
         first = []
-        for variant in [*variants] * args.repeats:
+        same = [v for v in variants if mode not in EXPERTS or v not in OWN_VERSIONS]  # these would not adapt experts
+        for variant in same * args.repeats:
             words = ["--shape", shape, "--mode", mode, "--variant", variant, "--steps", args.steps, "--work", args.work]
             words += ["--data", args.data] if args.data else []
             words += ["--length", args.length] if args.length else []
             command = [interpreter(variant), __file__, *words]
-            done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-            if done.returncode:
-                print(f"{shape} {mode} {variant} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
-                continue
-            print(line := done.stdout.strip().splitlines()[-1], flush=True)
-            first.append(json.loads(line)["first_loss"])
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            if run := recorded(command, args.results, f"{shape} {mode} {variant}"):
+                first.append(run["first_loss"])
         spread = (max(first) - min(first)) / max(first) if first else 0
         print(f"{shape} {mode}: first losses within {spread:.1e} of each other", flush=True)
         if spread > 0.01:  # bfloat16 leaves 0.003

@@ -13,11 +13,10 @@ import datetime
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 
-from bench import MODES, Clock, conversation, model_folder, peak_memory, watched
+from bench import MODES, Clock, conversation, model_folder, peak_memory, recorded, watched
 
 RESULTS = pathlib.Path(__file__).parent / "results.jsonl"
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -104,13 +103,7 @@ def main():
             words = [f"--{name}={value}" for name, value in zip(("shape", "mode", "length"), run, strict=True)]
             words += [f"--steps={args.steps}", f"--work={args.work or folder}", "--here"]
             words += [f"--pack_tokens={args.pack_tokens}"] if args.pack_tokens else []
-            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
-            if done.returncode:
-                print(*run, "failed:", done.stderr.strip().splitlines()[-1][:200], flush=True)
-                continue
-            print(line := done.stdout.strip().splitlines()[-1], flush=True)
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            recorded([sys.executable, __file__, *words], args.results, " ".join(map(str, run)))
 
 
 if __name__ == "__main__":

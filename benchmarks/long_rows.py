@@ -18,11 +18,10 @@ import os
 import pathlib
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 
-from bench import MODES, Clock, conversation, model_folder, peak_memory, watched
+from bench import MODES, Clock, conversation, model_folder, peak_memory, recorded, watched
 
 WINDOW = 8192  # of all shapes
 RESULTS = pathlib.Path(__file__).parent / "long_rows.jsonl"
@@ -123,13 +122,7 @@ def main():
         ]:
             words = ["--shape", shape, "--mode", mode, "--tokens", tokens, "--measures", name, "--steps", args.steps]
             words += ["--work", args.work or folder, "--here"]
-            done = subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, text=True)
-            if done.returncode:
-                print(shape, mode, tokens, name, "failed:", done.stderr.strip().splitlines()[-1][:200], flush=True)
-                continue
-            print(line := done.stdout.strip().splitlines()[-1], flush=True)
-            with open(args.results, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            recorded([sys.executable, __file__, *words], args.results, f"{shape} {mode} {tokens} {name}")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def say(text: str) -> None:
 
 
 def launched() -> bool:
-    """Return whether torchrun (or another launcher) has started this process as one of several ranks."""
+    """Return whether torchrun (or another launcher) has started this process as a rank, perhaps the only one."""
     return "RANK" in os.environ
 
 

@@ -63,18 +63,19 @@ class Collator:
             documents = [document for document in documents if not document.get("padding")]
         # A rank whose share of an evaluation set is empty still runs the model, because the other ranks wait for it.
         documents = documents or [{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2, "turns": []}]
-        over = -sum(len(document["input_ids"]) for document in documents) % self.piece[1]
-        if over and self.padding_free:
+        shared = self.padding_free and self.piece[1] > 1
+        if shared and (over := -sum(len(document["input_ids"]) for document in documents) % self.piece[1]):
             documents.append(padding_document(over))
         ids = [torch.tensor(document["input_ids"], dtype=torch.long) for document in documents]
         labels = [torch.tensor(document["labels"], dtype=torch.long) for document in documents]
         shifted = [torch.cat([label[1:], label.new_tensor([IGNORE_INDEX])]) for label in labels]
         batch = self._side_by_side(ids, labels, shifted) if self.padding_free else self._padded(ids, labels, shifted)
-        padding = torch.cat([torch.full((len(d["input_ids"]),), bool(d.get("padding"))) for d in documents])
-        if self.piece[1] > 1 and self.padding_free:
+        padding = torch.tensor([bool(document.get("padding")) for document in documents])
+        padding = padding.repeat_interleave(torch.tensor(list(map(len, ids))))
+        if shared:
             padding = padding[self._cut(batch)]
-        if padding.any():
-            batch["padding_tokens"] = int(padding.sum())
+        if count := int(padding.sum()):
+            batch["padding_tokens"] = count
         numbers = [getattr(conversation, "number", None) for conversation in conversations]
         if rows := [number for number in numbers if number is not None]:
             batch["rows"] = rows

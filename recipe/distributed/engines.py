@@ -151,7 +151,9 @@ def engine_of(args: TrainingArguments) -> Engine:
         return stages[stage, offloads]
     if args.fsdp:
         return FSDP2_OFFLOAD if args.fsdp_config.get("cpu_offload") else FSDP2
-    return DDP if args.world_size > 1 else ONE_PROCESS
+    return (
+        DDP if args.world_size > 1 or console.launched() else ONE_PROCESS
+    )  # a launcher's only process is wrapped, too
 
 
 def training_mode(args: TrainingArguments, lora_args: Any) -> Mode:
@@ -179,8 +181,6 @@ def assert_engine_runs(trainer: Any) -> None:
     engine, model = engine_of(trainer.args), trainer.model_wrapped
     classes = {parent.__name__ for parent in type(model).__mro__}
     wrappers = {known.wrapped_class for known in ENGINES.values() if known.wrapped_class} & classes
-    if engine is ONE_PROCESS and console.launched() and wrappers == {DDP.wrapped_class}:
-        return  # a launcher's only process, in which DDP has nothing to share out
     expected = {engine.wrapped_class} if engine.wrapped_class else set()
     if wrappers != expected or not expected and model is not trainer.model:
         raise UserError(

@@ -323,6 +323,12 @@ def kept_bytes(
     return norms + inputs + size * (layer.ranks + layer.between) + 4 * layer.exact + casts
 
 
+def stream_bytes(engine: Engine, mode: Mode, dtype: torch.dtype) -> int:
+    """Return the bytes of a number between the layers: autocast leaves float32 weights with float32 there."""
+    autocast = mode == Mode.FULL and not (engine.masters_apart or engine.shards_weights)
+    return 4 if autocast else dtype.itemsize
+
+
 def estimate(
     size: ModelSize,
     engine: Engine,
@@ -382,7 +388,6 @@ def estimate(
     weights = frozen + master * trained
     share = 1 / devices if engine.shards_optimizer else 1
     here = 0 if engine.offloads else share
-    autocast = full and bits < 4 and not (engine.masters_apart or engine.shards_weights)
     if device == "cpu":
         step = 0.0
     elif engine.masters_apart:
@@ -391,7 +396,7 @@ def estimate(
         step = 0 if engine.offloads else 4 * trained * share
     positions = tokens if supervised is None else supervised
     gathered, one_layer = _gathered(size, engine, mode, dtype, weights, trained, checkpointing)
-    stream = 4 if autocast else bits
+    stream = stream_bytes(engine, mode, dtype)
     stored, computed = _activations(
         size,
         lambda layer: kept_bytes(layer, mode, dtype, dropout, device, stream),

@@ -130,9 +130,9 @@ class Plan:
 
     def offloaded(self) -> int:
         """Return the bytes of all inputs of layers, which --activation_offloading keeps off the device."""
-        config, autocast = self.size.config, self.mode == engines.Mode.FULL and not self.args.deepspeed
-        wide = 4 if autocast else self.compute_dtype.itemsize
-        return wide * config.hidden_size * len(self.size.layers) * self.longest_batch() // self.args.sequence_parallel
+        wide = memory.stream_bytes(engines.engine_of(self.args), self.mode, self.compute_dtype)
+        each = wide * self.size.config.hidden_size * self.longest_batch() // self.args.sequence_parallel
+        return each * len(self.size.layers)
 
     def longest_rows(self) -> list[tuple[int, list[str]]]:
         """Return how many tokens a row may have with the measures that are on, and with more and more of the others."""

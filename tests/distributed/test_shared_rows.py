@@ -107,7 +107,7 @@ def test_what_is_saved_is_what_was_trained(ran):
 
 
 def test_pieces_of_a_row_hold_each_token_and_label_once():
-    def document(n, padding=False):
+    def document(n):
         return {"input_ids": list(range(n)), "labels": [-100, *range(1, n)], "turns": []}
 
     conversations = [[document(7)], [document(3), document(9)]]

@@ -44,7 +44,7 @@ def train(model, rows, output, *more):
     ],
 )
 def test_pieces_and_offloading_change_no_loss_and_no_gradient(
-    small_tokenizer, rows, tmp_path, monkeypatch, capsys, small_pieces, name, mode
+    small_tokenizer, rows, tmp_path, monkeypatch, small_pieces, name, mode
 ):
     model = families.family(name, tmp_path / "model", small_tokenizer)
     more = [*MODES[mode], *["--lora_dropout", 0] * (mode != "full")]
@@ -73,7 +73,7 @@ def test_pieces_and_offloading_change_no_loss_and_no_gradient(
     assert again[0] == pytest.approx(found[0], rel=1e-5)
 
 
-def test_pieces_draw_the_same_numbers_when_they_are_computed_again(small_tokenizer, tmp_path, small_pieces):
+def test_pieces_draw_the_same_numbers_when_they_are_computed_again(small_pieces):
     """Dropout of an adapter: the gradient by pieces is that of the numbers drawn in the forward pass."""
     part = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 8))
     layer = torch.nn.Module()
