@@ -16,6 +16,7 @@ from recipe.model import sequence
 
 pytestmark = pytest.mark.slow
 
+LONG = ["--activation_offloading", "True", "--tiled_mlp", "True"]  # with the packed rows that are shared
 ENGINES = {"DDP": 2, "ZeRO-2": 2, "ZeRO-3": 2, "FSDP2": 2, "DDP, 2 of 4": 4, "DDP, 4 of 4": 4}
 
 
@@ -41,13 +42,14 @@ def jobs(qwen3, rows, folder, engine, sharing):
                 "--per_device_train_batch_size", (2 if packed else 4) * sharing // ranks, "--sequence_parallel", sharing,
                 "--adam_epsilon", "1e-3", "--save_strategy", "steps", "--save_steps", 3, "--eval_data_path", rows,
                 "--eval_strategy", "steps", "--eval_steps", 5, "--per_device_eval_batch_size", 2, "--eval_generate", 1,
-                "--gradient_checkpointing", "True" if packed else "False",
+                "--gradient_checkpointing", "True" if packed else "False", *LONG[: len(LONG) * bool(packed and sharing > 1)],
             )  # fmt: skip
-            yield name, {"argv": words, "gather": folder / f"{name}.pt"}
+            yield name, {"argv": words, "gather": folder / f"{name}.pt", "long": [32, 256]}
         if sharing > 1 and mode != Mode.QLORA:
             again = argv(qwen3, rows, folder / "again" / mode, *words[words.index("--max_steps") :])
             copy = [folder / name / "checkpoint-3", folder / "again" / mode / "checkpoint-3"]
-            yield f"{mode} again", {"argv": [*again, "--resume_from_checkpoint", "auto"], "copy": copy}
+            words = [*again, "--resume_from_checkpoint", "auto"]
+            yield f"{mode} again", {"argv": words, "copy": copy, "long": [32, 256]}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,7 @@ def test_ranks_that_share_rows_train_as_one_process(ran, engine, kind):
     found, expected = ran(engine)[kind], ran("one process")[kind]
     sharing = 4 if engine == "DDP, 4 of 4" else 2
     assert f"{ENGINES[engine]} processes, {sharing} of which share each row" in found["said"]
+    assert ("pieces of 32 tokens" in found["said"] and "until then in files in" in found["said"]) == ("packed" in kind)
     for key in ("loss", "grad_norm", "eval_loss"):
         assert log(found, key) == pytest.approx(log(expected, key), rel=1e-4), key
     assert len(log(found, "loss")) == 5 and log(found, "eval_exact_match") == log(expected, "eval_exact_match")
