@@ -4,25 +4,28 @@
     python benchmarks/bench.py table           # what they have found, kept in peers.jsonl, in Markdown
     python benchmarks/bench.py --shape smollm2 --variant recipe --steps 4      # one run in this process
 
-On a GPU the shapes are 1.5b and 7b with LoRA, QLoRA and all weights (--mode), conversations of 2,048 tokens (--length).
+For a GPU, gpu.py calls this program with larger shapes.
 
 Shapes: smollm2 (SmolLM2-135M-Instruct, real weights); toy, 0.1b, 0.5b, 1.5b, 7b: random Qwen2 layers, 151,936 words
 (50,000 for toy). 0.1b-hybrid: Qwen3.5 layers, three gated delta nets to one of full attention; 0.1b-mixture: Qwen3-MoE
-layers of 32 experts, 8 for a token, which the mode experts adapts as well. Variants: recipe; recipe_padded (the recipe with
---padding_free False); trl (SFTTrainer as it comes); trl_best (SFTTrainer without checkpointing and in
-the recipe's precision); padded (the loop of FastChat and Qwen: rows padded to the longest, all logits); llamafactory
-and unsloth (as they come), which pin other versions and are left out where their environments .venv-llamafactory and
-.venv-unsloth are missing; unsloth needs a GPU.
+layers of 32 experts, 8 for a token, which the mode experts adapts as well. Qwen3.5-0.8B and its siblings: the language
+model of that name with random weights. Variants: recipe; recipe_padded (the recipe with --padding_free False); trl
+(SFTTrainer as it comes); trl_best (SFTTrainer in the recipe's precision, on a CPU without checkpointing); padded (the
+loop of FastChat and Qwen: rows padded to the longest, all logits); llamafactory and unsloth (as they come), which pin
+other versions and are left out where their environments .venv-llamafactory and .venv-unsloth are missing; unsloth needs
+a GPU.
 """
 
 import argparse
+import contextlib
 import datetime
+import io
 import itertools
 import json
 import os
 import pathlib
 import random
-import shutil
+import re
 import statistics
 import subprocess
 import sys
@@ -39,6 +42,7 @@ SHAPES = {  # hidden, layers, intermediate, heads, kv heads
     "1.5b": (1536, 28, 8960, 12, 2),
     "7b": (3584, 28, 18944, 28, 4),
 }
+NAMED = ("Qwen3.5-0.8B", "Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.6-35B-A3B")  # configurations of memory_table.py
 RESULTS = pathlib.Path(__file__).parent / "peers.jsonl"
 MODES = {"LoRA": ["--use_lora"], "QLoRA": ["--q_lora"], "full": []}  # the recipe's flags
 EXPERTS = {"experts": ["--use_lora", "--lora_experts"]}  # a mode of mixtures
@@ -97,29 +101,40 @@ def model_folder(shape, work):
     if folder.exists():
         return folder
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3_5TextConfig, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hidden, layers, wide, heads, groups = SHAPES[shape]
     tokenizer = AutoTokenizer.from_pretrained(real)
+    config = configuration(shape)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     torch.manual_seed(0)
+    cuda = torch.cuda.is_available()  # billions of random numbers take minutes elsewhere
+    with torch.device("cuda" if cuda else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def configuration(shape):
+    """The transformers configuration of a shape with random weights."""
+    from transformers import Qwen2Config, Qwen3_5TextConfig, Qwen3MoeConfig
+
+    if shape in NAMED:
+        import memory_table
+
+        return memory_table.CONFIGS[shape].get_text_config()
+    hidden, layers, wide, heads, groups = SHAPES[shape]
     kinds = {"0.1b-hybrid": Qwen3_5TextConfig, "0.1b-mixture": Qwen3MoeConfig}
     more = {
         "0.1b-hybrid": dict(head_dim=64, linear_num_key_heads=8, linear_num_value_heads=8, linear_key_head_dim=64,
                             linear_value_head_dim=64),
         "0.1b-mixture": dict(head_dim=64, num_experts=32, num_experts_per_tok=8, moe_intermediate_size=256),
     }  # fmt: skip
-    config = kinds.get(shape, Qwen2Config)(
+    return kinds.get(shape, Qwen2Config)(
         vocab_size=50_000 if shape == "toy" else 151_936, hidden_size=hidden, intermediate_size=wide,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=shape != "7b",
-        max_position_embeddings=8192, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        **more.get(shape, {}),
+        max_position_embeddings=8192, **more.get(shape, {}),
     )  # fmt: skip
-    cuda = torch.cuda.is_available()  # 7B random numbers take minutes elsewhere
-    with torch.device("cuda" if cuda else "cpu"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.to(torch.bfloat16 if cuda else torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 class Clock:
@@ -154,7 +169,12 @@ def watched(callback):
     trainer.RecipeTrainer.__init__ = with_callback
 
 
-def recipe(folder, data, out, steps, mode, *more):
+def fine_tuned(out, *words):
+    """Train with finetune.py in this process.
+
+    Returns:
+        (seconds of each step, losses, GB of memory that the start block estimates, those of them for Python itself).
+    """
     from recipe import console
 
     console.configure_libraries()  # as finetune.py does when it starts
@@ -162,14 +182,23 @@ def recipe(folder, data, out, steps, mode, *more):
 
     clock = Clock()
     watched(clock)
-    lora = ["--lora_r", RANK, "--lora_alpha", 32, "--lora_dropout", 0] if mode != "full" else []
-    words = ["--model_name_or_path", folder, "--data_path", data, "--output_dir", out, "--max_steps", steps,
-             "--save_strategy", "no", "--per_device_train_batch_size", BATCH, "--logging_steps", 1, "--disable_tqdm",
-             "True", "--train_sampling_strategy", "sequential", "--learning_rate", RATE[mode], *{**MODES, **EXPERTS}[mode], *lora,
-             *more]  # fmt: skip
-    finetune.train([str(word) for word in words])
+    words = [*words, "--output_dir", out, "--save_strategy", "no", "--disable_tqdm", "True", "--logging_steps", 1]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        finetune.train([str(word) for word in words])
+    line = next(line for line in said.getvalue().splitlines() if line.startswith("memory: "))
+    total, libraries = (re.search(p, line) for p in (r"about ([\d.]+) GB", r"its libraries ([\d.]+)"))
     log = json.loads((pathlib.Path(out) / "trainer_state.json").read_text())["log_history"]
-    return clock.seconds, [entry["loss"] for entry in log if "loss" in entry]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    return clock.seconds, losses, float(total[1]), float(libraries[1]) if libraries else 0.0
+
+
+def recipe(folder, data, out, steps, mode, *more):
+    lora = ["--lora_r", RANK, "--lora_alpha", 32, "--lora_dropout", 0] if mode != "full" else []
+    return fine_tuned(
+        out, "--model_name_or_path", folder, "--data_path", data, "--max_steps", steps, "--per_device_train_batch_size",
+        BATCH, "--train_sampling_strategy", "sequential", "--learning_rate", RATE[mode], *{**MODES, **EXPERTS}[mode], *lora,
+        *more,
+    )[:3]  # fmt: skip
 
 
 def recipe_padded(folder, data, out, steps, mode):
@@ -229,7 +258,7 @@ def trl(folder, data, out, steps, mode, best=False):
     fast = best_dtype(not torch.cuda.is_available())
     more = {"model_init_kwargs": loading(mode, fast)} if best or mode == "QLoRA" else {}
     if best:
-        more |= {"gradient_checkpointing": False, "bf16": fast == torch.bfloat16}
+        more |= {"gradient_checkpointing": torch.cuda.is_available(), "bf16": fast == torch.bfloat16}
     config = SFTConfig(
         output_dir=out, per_device_train_batch_size=BATCH, max_steps=steps, logging_steps=1, learning_rate=RATE[mode],
         save_strategy="no", report_to="none", max_length=None, train_sampling_strategy="sequential", disable_tqdm=True,
@@ -264,7 +293,7 @@ def padded(folder, data, out, steps, mode):
         use_cpu=not torch.cuda.is_available(), bf16=fast == torch.bfloat16, label_names=["labels"],
     )  # fmt: skip
     trainer = transformers.Trainer(
-        peft.get_peft_model(model, adapter()) if mode != "full" else model, args,
+        peft.get_peft_model(model, adapter(mode)) if mode != "full" else model, args,
         train_dataset=datasets.Dataset.from_list(encoded(folder, data)),
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
     )  # fmt: skip
@@ -339,14 +368,15 @@ def one(shape, variant, mode, args):
     known = [conversation(AutoTokenizer.from_pretrained(folder), args.length)] * count if args.length else None
     data.write_text("".join(json.dumps(row) + "\n" for row in known or rows(count, args.data)))
     labels = [row["labels"] for row in encoded(folder, str(data))[BATCH:]]
-    seconds, losses = globals()[variant](folder, str(data), str(args.work / f"out-{variant}-{mode}"), args.steps, mode)
+    out = str(args.work / f"out-{variant}-{mode}")
+    seconds, losses, *estimated = globals()[variant](folder, str(data), out, args.steps, mode)
     cuda, peak = torch.cuda.is_available(), peak_memory()
     supervised, tokens = sum(label != -100 for row in labels for label in row), sum(map(len, labels))
     print(json.dumps({
         "shape": shape, "mode": mode, "variant": variant, "steps": args.steps, "supervised_tokens_per_second":
         round(supervised / sum(seconds[1:]), 1), "tokens_per_second": round(tokens / sum(seconds[1:]), 1),
         "seconds_per_step": round(statistics.median(seconds[1:]), 3), "peak_gb": round(peak / 1e9, 2),
-        "first_loss": losses[0], "last_loss": losses[-1],
+        **({"estimated_gb": estimated[0]} if estimated else {}), "first_loss": losses[0], "last_loss": losses[-1],
         "data": f"{args.length} tokens" if args.length else os.path.basename(args.data) if args.data else "made up",
         "torch": torch.__version__, "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
         "date": str(datetime.date.today()),
@@ -414,19 +444,16 @@ def table(results=RESULTS):
 
 
 def main():
-    cuda = shutil.which("nvidia-smi") is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="measure", choices=["measure", "table"])
-    shapes = ["1.5b", "7b"] if cuda else ["smollm2", "0.1b", "0.5b"]
-    parser.add_argument("--shape", nargs="+", default=shapes, choices=["smollm2", *SHAPES])
-    parser.add_argument("--mode", nargs="+", default=list(MODES) if cuda else ["LoRA"], choices=[*MODES, *EXPERTS])
+    shapes = ["smollm2", *SHAPES, *NAMED]
+    parser.add_argument("--shape", nargs="+", default=["smollm2", "0.1b", "0.5b"], choices=shapes)
+    parser.add_argument("--mode", nargs="+", default=["LoRA"], choices=[*MODES, *EXPERTS])
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, the first of them for warming up")
-    parser.add_argument("--repeats", type=int, default=1 if cuda else 2)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--data", help="JSON Lines with messages, or with question and answer; default: made up")
-    parser.add_argument(
-        "--length", type=int, default=2048 if cuda else None, help="tokens of each made-up conversation"
-    )
+    parser.add_argument("--length", type=int, help="tokens of each made-up conversation")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "output" / "bench")
     args = parser.parse_args()

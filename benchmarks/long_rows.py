@@ -10,18 +10,15 @@ the start block's figure for Python and its libraries, `estimated` that for all 
 """
 
 import argparse
-import contextlib
 import datetime
-import io
 import json
 import os
 import pathlib
-import re
 import statistics
 import sys
 import tempfile
 
-from bench import MODES, Clock, conversation, model_folder, peak_memory, recorded, watched
+from bench import MODES, conversation, fine_tuned, model_folder, peak_memory, recorded
 
 WINDOW = 8192  # of all shapes
 RESULTS = pathlib.Path(__file__).parent / "long_rows.jsonl"
@@ -38,33 +35,23 @@ def measure(args):
     import torch
     from transformers import AutoTokenizer
 
-    from recipe import console  # which bench has put on the path
-
-    console.configure_libraries()
-    import finetune
-    from recipe.model.precision import best_dtype, dtype_name
+    from recipe.model.precision import best_dtype, dtype_name  # which bench has put on the path
 
     (shape,), (mode,), (tokens,), (name,) = args.shape, args.mode, args.tokens, args.measures
     folder, (offloading, tiled) = model_folder(shape, args.work), MEASURES[name]
     rows = args.work / "rows.jsonl"
     rows.write_text((json.dumps(conversation(AutoTokenizer.from_pretrained(folder), tokens)) + "\n") * args.steps)
-    clock, cuda = Clock(), torch.cuda.is_available()
-    watched(clock)
-    words = ["--model_name_or_path", folder, "--data_path", rows, "--output_dir", args.work / "out", "--max_steps",
-             args.steps, "--per_device_train_batch_size", 1, "--save_strategy", "no", "--disable_tqdm", "True",
-             "--logging_steps", 1, "--lora_r" if mode != "full" else "--seed", 16, *MODES[mode],
-             "--gradient_checkpointing", "True", "--activation_offloading", offloading, "--tiled_mlp", tiled,
-             "--model_max_length", tokens, *["--rope_scaling", "yarn"] * (tokens > WINDOW)]  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        finetune.train([str(word) for word in words])
-    line = next(line for line in said.getvalue().splitlines() if line.startswith("memory: "))
-    total, libraries = (re.search(p, line) for p in (r"about ([\d.]+) GB", r"its libraries ([\d.]+)"))
-    log = json.loads((args.work / "out" / "trainer_state.json").read_text())["log_history"]
+    seconds, losses, estimated, libraries = fine_tuned(
+        args.work / "out", "--model_name_or_path", folder, "--data_path", rows, "--max_steps", args.steps,
+        "--per_device_train_batch_size", 1, "--lora_r" if mode != "full" else "--seed", 16, *MODES[mode],
+        "--gradient_checkpointing", "True", "--activation_offloading", offloading, "--tiled_mlp", tiled,
+        "--model_max_length", tokens, *["--rope_scaling", "yarn"] * (tokens > WINDOW),
+    )  # fmt: skip
+    cuda = torch.cuda.is_available()
     print(json.dumps({
         "shape": shape, "mode": mode, "tokens": tokens, "measures": name, "gb": round(peak_memory() / 1e9, 3),
-        "libraries": float(libraries[1]) if libraries else 0.0,
-        "estimated": round(float(total[1]) - (float(libraries[1]) if libraries else 0), 3),
-        "seconds": round(statistics.median(clock.seconds[1:]), 3), "loss": log[0]["loss"],
+        "libraries": libraries, "estimated": round(estimated - libraries, 3),
+        "seconds": round(statistics.median(seconds[1:]), 3), "loss": losses[0],
         "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
         "dtype": dtype_name(best_dtype(not cuda)), "torch": torch.__version__, "date": str(datetime.date.today()),
     }))  # fmt: skip

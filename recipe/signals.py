@@ -76,12 +76,14 @@ def watch(ended: str = "nothing was to be saved yet.") -> None:
 def _leave_to_parent() -> None:
     """In a forked child, such as one that loads rows: let only the parent end it, which needs it for its last step.
 
-    Terminals and schedulers signal all processes of a run.
+    Terminals and schedulers signal all processes of a run. Without its parent the child ends, too.
     """
 
     def wait() -> None:
-        while signal.sigwaitinfo(ENDING).si_pid != parent:
-            pass
+        while os.getppid() == parent:
+            found = signal.sigtimedwait(ENDING, 1)
+            if found and found.si_pid == parent:
+                break
         os._exit(0)
 
     parent = os.getppid()

@@ -3,8 +3,12 @@
 A tokenizer turns the characters `<|im_end|>` into the control token wherever they stand. So a sentinel character is put
 behind their first character before the template is rendered, and the rendered text is cut at the sentinels and
 tokenised piece by piece.
+
+Documents of one conversation are cut before control tokens, too, where the tokenizer cuts a text before all else. So
+the pieces that they share are tokenised once, and not once for each later turn.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,6 +31,12 @@ class ControlText:
         markup = [token for token in added if token.special or re.fullmatch(r"[<\[].+[>\]]", str(token))]
         self.special = _any_of(token for token in markup if token.special)
         self.markup = _any_of(markup)
+        # What such a token does not touch before itself, and no other added token can reach across.
+        inner = {char for token in added for char in str(token)[1:]}
+        free = [
+            token for token in added if token.special and not (token.normalized or token.lstrip or token.single_word)
+        ]
+        self._cut = _any_of(token for token in free if str(token)[0] not in inner)
         self._tokenizer = tokenizer
 
     def neutralise(self, messages: list, tools: list | None) -> tuple[list, list | None, str | None]:
@@ -46,10 +56,18 @@ class ControlText:
         broken = [_with_sentinel(pattern, m, sentinel) for pattern, m in zip(patterns, messages, strict=True)]
         return broken, _with_sentinel(self.special, tools, sentinel), sentinel
 
+    def pieces(self, text: str, sentinel: str | None, shared: bool = False) -> list[tuple[int, str]]:
+        """Cut a rendered text at its sentinels, and before control tokens if another text shares its pieces.
 
-def pieces(text: str, sentinel: str | None) -> list[str]:
-    """Cut a rendered text at its sentinels."""
-    return text.split(sentinel) if sentinel else [text]
+        Returns:
+            (place in the text, piece) of each.
+        """
+        result, start = [], 0
+        for part in text.split(sentinel) if sentinel else [text]:
+            cuts = [0, *(match.start() for match in self._cut.finditer(part) if shared), len(part)]
+            result += [(start + a, part[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
+            start += len(part) + 1
+        return result
 
 
 def contains(pattern: re.Pattern, value: Any) -> bool:

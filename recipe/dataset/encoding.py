@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from recipe.dataset.chat_template import ChatTemplate
-from recipe.dataset.control_text import ControlText, pieces
+from recipe.dataset.control_text import ControlText
 from recipe.dataset.conversations import Conversation, Message
 from recipe.dataset.rendering import IGNORE_INDEX, Document, Note, Rendering, Text
 from recipe.dataset.thoughts import EMPTY_THOUGHT, THOUGHT, is_empty, thought_of, with_opened_thought
@@ -121,8 +121,8 @@ class ChatEncoder:
         renderings = [self._render_documents(conversation) for conversation in conversations]
         documents = [document for rendering in renderings for document in rendering.documents]
         self._reset_tokenizer()
-        texts = [piece for document in documents for piece in document.pieces]
-        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        pieces = list(dict.fromkeys(piece for document in documents for _, piece in document.pieces))
+        encodings = dict(zip(pieces, self.backend.encode_batch(pieces, add_special_tokens=False), strict=True))
         for document in documents:
             document.attach_encodings(encodings)
             self._refuse_unknown_token(document.ids)
@@ -181,6 +181,9 @@ class ChatEncoder:
             whole = self._one_document(rendering)
             turns = rendering.supervised
             rendering.documents = [whole] if whole else [self._document_of_turn(rendering, i) for i in turns]
+        for text in rendering.documents:
+            shared = len(rendering.documents) > 1
+            text.pieces = self._control_text.pieces(text.text, rendering.sentinel, shared)
         return rendering
 
     def _supervised_turns(self, messages: Sequence[Message], notes: list[Note]) -> list[int]:
@@ -259,7 +262,7 @@ class ChatEncoder:
             if not complete or not self._ends_like_last_turn(rendering, i, text[:end]):
                 return None
             spans.append((start, end))
-        return Text(text[: spans[-1][1]], spans, rendering.supervised, rendering.sentinel)
+        return Text(text[: spans[-1][1]], spans, rendering.supervised)
 
     def _ends_like_last_turn(self, rendering: Rendering, i: int, text: str) -> bool:
         """Return whether turn i, with which `text` ends, stops where it does as the last turn.
@@ -291,7 +294,7 @@ class ChatEncoder:
                 )
             if Note.NO_THOUGHT not in rendering.notes:
                 rendering.notes.append(Note.NO_THOUGHT)
-        return Text(prompt + answer, [(start, start + len(answer))], [i], rendering.sentinel)
+        return Text(prompt + answer, [(start, start + len(answer))], [i])
 
     def _after_header(self, rendering: Rendering, i: int, text: str) -> str:
         """Return what follows the header of turn i, the last one of `text`, whose beginning is not the prompt.
@@ -383,7 +386,8 @@ class ChatEncoder:
         return (start, last + 1) if document.ids[max(0, start - len(alone)) : start] == alone else None
 
     def _ids(self, text: str, sentinel: str | None = None) -> list[int]:
-        encodings = [self.backend.encode(piece, add_special_tokens=False) for piece in pieces(text, sentinel)]
+        pieces = self._control_text.pieces(text, sentinel)
+        encodings = [self.backend.encode(piece, add_special_tokens=False) for _, piece in pieces]
         return [i for encoding in encodings for i in encoding.ids]
 
     def _verify(self, renderings: Sequence[Rendering]) -> None:

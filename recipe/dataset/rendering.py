@@ -1,11 +1,12 @@
 """A conversation on its way to ids and labels: its text, cut into documents, and where the answers are in it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import bisect
+import itertools
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NotRequired, TypedDict
 
 from recipe.dataset.chat_template import ChatTemplate
-from recipe.dataset.control_text import pieces
 
 IGNORE_INDEX = -100
 
@@ -47,29 +48,28 @@ def padding_document(tokens: int) -> Document:
 class Text:
     """A rendered text, the character spans of its supervised answers, and the turns they belong to (from 0).
 
-    Its pieces, cut at the sentinel, are tokenised separately, so that the halves of control-token text stay apart.
+    Its pieces, with their places in the text, are tokenised separately; see `ControlText.pieces`.
     """
 
-    def __init__(self, text: str, spans: list[tuple[int, int]], turns: list[int], sentinel: str | None):
-        self.text, self.spans, self.turns, self.pieces = text, spans, turns, pieces(text, sentinel)
-        self.encodings: list = []
+    def __init__(self, text: str, spans: list[tuple[int, int]], turns: list[int]):
+        self.text, self.spans, self.turns = text, spans, turns
+        self.pieces: list[tuple[int, str]] = []
         self.ids: list[int] = []
+        self._encodings: list = []
 
-    def attach_encodings(self, encodings: Iterator) -> None:
-        """Take the tokenizer's output for the pieces from an iterator."""
-        self.encodings = [next(encodings) for _ in self.pieces]
-        self.ids = sum((encoding.ids for encoding in self.encodings[1:]), self.encodings[0].ids)
+    def attach_encodings(self, encodings: Mapping[str, Any]) -> None:
+        """Take the tokenizer's output for the pieces from {piece: Encoding}."""
+        self._encodings = [encodings[piece] for _, piece in self.pieces]
+        self.ids = list(itertools.chain.from_iterable(encoding.ids for encoding in self._encodings))
 
     def token_at(self, char: int) -> tuple[int | None, bool]:
         """Return the index of the token that holds a character, and whether it begins there; (None, False) if none."""
-        before = 0
-        for piece, encoding in zip(self.pieces, self.encodings, strict=True):
-            if char < len(piece):
-                token = encoding.char_to_token(char)
-                return (None, False) if token is None else (before + token, encoding.token_to_chars(token)[0] == char)
-            char -= len(piece) + 1
-            before += len(encoding)
-        return None, False
+        i = bisect.bisect_right(self.pieces, char, key=lambda piece: piece[0]) - 1
+        encoding, char = self._encodings[i], char - self.pieces[i][0]
+        token = encoding.char_to_token(char)
+        if token is None:
+            return None, False
+        return sum(map(len, self._encodings[:i])) + token, encoding.token_to_chars(token)[0] == char
 
 
 class Rendering:
@@ -90,13 +90,18 @@ class Rendering:
         self._template, self._tools = template, tools
         self.supervised: list[int] = []
         self.prompts: dict[int, tuple[str, bool | None]] = {}
+        self._rendered: dict[tuple[int, bool, bool | None], str] = {}
         self.documents: list[Text] = []
         self.answers: list[tuple[int, str, list[int]]] = []
         self.notes: list[Note] = []
 
     def render(self, end: int | None = None, prompt: bool = False, thinking: bool | None = None) -> str:
         """Render the messages before `end` (None: all); see `ChatTemplate.render`."""
-        return self._template.render(self.messages[:end], self._tools, prompt, thinking, self.kwargs)
+        messages = self.messages[:end]
+        key = len(messages), prompt, thinking
+        if key not in self._rendered:
+            self._rendered[key] = self._template.render(messages, self._tools, prompt, thinking, self.kwargs)
+        return self._rendered[key]
 
     def labelled(self, document: Text, ids: list[int], spans: Sequence[tuple[int, int] | None]) -> Document:
         """Label a document, up to its last answer that has a span of tokens."""

@@ -3,7 +3,7 @@
 The rows lie in the cache folder of `datasets` (HF_DATASETS_CACHE), under a hash of all that shapes them. Rows can only
 be made from the fields of a `Tokeniser`, all of which are in the hash, by the code of this package and the libraries
 below, which are in it too. So a new setting cannot be forgotten. Several processes that need the same rows write them
-once; the others wait for the file.
+once; the others wait for the file. The one that writes has the other cores of its machine help with a large file.
 """
 
 import ast
@@ -11,7 +11,11 @@ import collections
 import dataclasses
 import functools
 import importlib.metadata
+import math
+import multiprocessing
+import os
 import pathlib
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -25,6 +29,8 @@ from recipe.dataset.conversations import Conversation, Conversations
 from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Document, Encoded, Note, supervised_runs
 
 BATCH = 1000  # conversations that one call of the tokenizer encodes on all cores; more only takes memory
+SHARE = 5000  # conversations for which one more process starts
+MOST_PROCESSES = 32  # as a container may have fewer cores than it sees
 KEPT_PROBLEMS = 5  # sentences about bad rows that are kept to be printed
 SCAN = 10_000  # conversations that a lazy dataset tokenises at its start: figures within some percent, in seconds
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "pandas")  # that read, render and tokenise
@@ -212,25 +218,78 @@ def cached_rows(tokeniser: Tokeniser) -> Any:
     key = datasets.fingerprint.Hasher.hash(tokeniser.fingerprint())
     shown = not datasets.utils.are_progress_bars_disabled()
     datasets.utils.disable_progress_bars()  # `_generate` has one that counts conversations
+    total = len(tokeniser.conversations)
+    _work[key] = work = _Work(tokeniser, _processes(total))
+    numbers = {"starts": list(range(0, total, BATCH)), "key": key}
     try:
-        return datasets.Dataset.from_generator(lambda: _generate(tokeniser), features, fingerprint=key)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+        return datasets.Dataset.from_generator(
+            _generate, features, gen_kwargs=numbers, num_proc=work.processes, fingerprint=key
+        )
+    except datasets.exceptions.DatasetGenerationError:
+        if work.problems.empty():
+            raise
+        raise UserError(work.problems.get()) from None
     finally:
+        del _work[key]
         if shown:
             datasets.utils.enable_progress_bars()
 
 
-def _generate(tokeniser: Tokeniser) -> Iterator[Row]:
-    from tqdm import tqdm
+class _Work:
+    """What `_generate` works on.
 
-    total = len(tokeniser.conversations)
-    hidden = total < BATCH or console.rank() > 0
-    with tqdm(total=total, desc="tokenising", unit=" rows", disable=hidden) as bar:
-        for start in range(0, total, BATCH):
-            rows = tokeniser.rows(range(start, min(start + BATCH, total)))
-            yield from rows
-            bar.update(len(rows))
+    Attributes:
+        processes: how many work on it, or None for this one alone.
+        problems: the sentences of a UserError, from whichever process.
+        bar: progress of the process that has the first conversation.
+    """
+
+    def __init__(self, tokeniser: Tokeniser, processes: int | None):
+        self.tokeniser, self.processes = tokeniser, processes
+        self.problems = multiprocessing.get_context("fork").SimpleQueue()
+        self.bar: Any = None
+
+    def progress(self, begin: int, done: int) -> None:
+        """Show that the `done` conversations from `begin` on are ready."""
+        from tqdm import tqdm
+
+        total = len(self.tokeniser.conversations)
+        if begin == 0:
+            name = f"tokenising, the first of {self.processes} processes" if self.processes else "tokenising"
+            own = min(total, math.ceil(total / BATCH / (self.processes or 1)) * BATCH)
+            self.bar = tqdm(total=own, desc=name, unit=" rows", disable=total < BATCH or console.rank() > 0)
+        if self.bar:
+            self.bar.update(done)
+            if self.bar.n == self.bar.total:
+                self.bar.close()
+
+
+_work: dict[str, _Work] = {}  # forked processes find it here: tokenizers and open files do not travel otherwise
+
+
+def _processes(conversations: int) -> int | None:
+    """Return how many processes tokenise so many conversations; None: this one."""
+    if not sys.platform.startswith("linux") or multiprocessing.get_start_method() != "fork":
+        return None
+    most = min(conversations // SHARE, len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    return most if most > 1 else None
+
+
+def _generate(starts: list[int], key: str) -> Iterator[Row]:
+    """Tokenise BATCH conversations from each of `starts` on."""
+    work, size = _work[key], BATCH
+    if work.processes:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+        size = BATCH // 10  # each holds what it works on
+    total = len(work.tokeniser.conversations)
+    for begin in (begin for start in starts for begin in range(start, min(start + BATCH, total), size)):
+        try:
+            rows = work.tokeniser.rows(range(begin, min(begin + size, total)))
+        except UserError as error:
+            work.problems.put(str(error))
+            raise
+        yield from rows
+        work.progress(begin, len(rows))
 
 
 def _version(library: str) -> str:

@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -50,6 +54,61 @@ def test_rows_keep_their_order_however_many_parts_are_tokenised_at_once(qwen, tm
     monkeypatch.setattr(tokenised, "BATCH", 3)
     parts, _ = datasets_of(qwen, path, max_length=511)  # another length: not the rows of the cache
     assert [whole[i] for i in range(100)] == [parts[i] for i in range(100)]
+
+
+def test_a_large_file_is_tokenised_by_several_processes_to_the_same_rows(qwen, tmp_path, monkeypatch):
+    rows = [{"prompt": f"number {n}", "completion": f"{n} " * (n % 7 + 1)} for n in range(100)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(tokenised, "BATCH", 10)
+    alone, _ = datasets_of(qwen, path)
+    monkeypatch.setattr(tokenised, "SHARE", 30)
+    together, _ = datasets_of(qwen, path, max_length=511)
+    assert [len(dataset.rows.cache_files) for dataset in (alone, together)] == [1, min(3, os.cpu_count())]
+    assert [alone[i] for i in range(100)] == [together[i] for i in range(100)]
+    monkeypatch.setattr(tokenised, "SHARE", 5000)
+    monkeypatch.setattr(ChatEncoder, "encode_batch", None)  # these rows are there
+    again = finetune.SupervisedDataset(Conversations([str(path)]), ChatEncoder(qwen), max_length=511)
+    assert [again[i] for i in range(100)] == [alone[i] for i in range(100)]
+
+
+def test_a_bad_row_is_named_whichever_process_finds_it(qwen, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [ROWS[0]] * 90 + [{"messages": 1}] + [ROWS[0]] * 9)
+    monkeypatch.setattr(tokenised, "BATCH", 10)
+    monkeypatch.setattr(tokenised, "SHARE", 30)
+    with pytest.raises(UserError, match=r"rows.jsonl.*91"):
+        finetune.SupervisedDataset(Conversations([str(path)]), ChatEncoder(qwen), max_length=512)
+
+
+PROGRAM = """
+import sys, time
+from transformers import AutoTokenizer
+from recipe import signals
+from recipe.dataset import tokenised
+from recipe.dataset.conversations import Conversations
+from recipe.dataset.encoding import ChatEncoder
+
+signals.watch()
+tokenised.BATCH, tokenised.SHARE = 10, 30
+encode_batch = ChatEncoder.encode_batch
+ChatEncoder.encode_batch = lambda *args: time.sleep(3) or encode_batch(*args)
+encoder = ChatEncoder(AutoTokenizer.from_pretrained(sys.argv[1]))
+tokenised.cached_rows(tokenised.Tokeniser(Conversations([sys.argv[2]]), encoder, 512))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_that_tokenises_outlives_the_program(small_tokenizer, tmp_path, number):
+    path = write(tmp_path / "rows.jsonl", [ROWS[0]] * 100)
+    program = subprocess.Popen([sys.executable, "-c", PROGRAM, small_tokenizer, path], cwd=ROOT)
+    try:
+        while len(helping := psutil.Process(program.pid).children()) < 2:
+            time.sleep(0.1)
+            assert program.poll() is None
+    finally:
+        program.send_signal(number)
+    assert program.wait(10) == (143 if number == signal.SIGTERM else -number)
+    assert not psutil.wait_procs(helping, timeout=10)[1]
 
 
 def test_truncation_ends_after_a_whole_turn_with_its_stop_token(qwen, tmp_path):

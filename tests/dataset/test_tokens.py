@@ -2,11 +2,16 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from helpers import template
+from recipe.dataset.control_text import ControlText
 from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder, Note, supervised_runs
 
 TWO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there 😀"}]
@@ -222,3 +227,60 @@ def test_a_text_that_a_template_was_applied_to_stays_text_and_is_noted(qwen):
     assert encoded.notes == [Note.CONTROL_TEXT]
     assert encoded.documents[0]["input_ids"].count(qwen.convert_tokens_to_ids("<|im_start|>")) == 3
     assert learnt(qwen, encoded.documents[0]) == "Blue<|im_end|><|im_end|>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts are tokenised in pieces
+
+
+WORDS = ["<a>", "<|b|>", "<", "a>", "x", " ", "  ", "\n", "word words", "\u0301", "é", "\u2581", "5"]
+KINDS = {
+    "byte-level": ([normalizers.NFC()], pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "a space before a text": ([], pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "a space before each part": ([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")], None),
+    "words": ([normalizers.Lowercase()], pre_tokenizers.Whitespace()),
+}
+
+
+def trained(kind, tokens):
+    """A tokenizer of a few merges with these added tokens, each (text, its flags)."""
+    steps, cut = KINDS[kind]
+    backend = Tokenizer(models.BPE(unk_token="?"))
+    backend.normalizer = normalizers.Sequence(steps)
+    if cut:
+        backend.pre_tokenizer = cut
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["?"], show_progress=False)
+    backend.train_from_iterator(["<a> x word words é 5\n ", " ".join(WORDS) * 3], trainer)
+    backend.add_tokens([AddedToken(text, **flags) for text, flags in tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_pieces_have_the_ids_of_the_whole_text_whatever_the_flags_of_control_tokens(data):
+    flags = st.fixed_dictionaries(
+        {"special": st.sampled_from([True, True, False])},
+        optional={name: st.booleans() for name in ("lstrip", "rstrip", "normalized", "single_word")},
+    )
+    names = ["<a>", "<|b|>", *data.draw(st.sampled_from([[], ["x<a>"], ["<a>x"], [" <"]]))]
+    tokenizer = trained(data.draw(st.sampled_from(sorted(KINDS))), [(name, data.draw(flags)) for name in names])
+    text = "".join(data.draw(st.lists(st.sampled_from(WORDS), max_size=12)))
+    backend, pieces = tokenizer.backend_tokenizer, ControlText(tokenizer).pieces(text, None, shared=True)
+    assert "".join(piece for _, piece in pieces) == text and all(text.startswith(p, at) for at, p in pieces)
+    whole = backend.encode(text, add_special_tokens=False).ids
+    assert sum((backend.encode(piece, add_special_tokens=False).ids for _, piece in pieces), []) == whole
+
+
+def test_what_documents_of_a_conversation_share_is_tokenised_once(tokenizer_of):
+    encoder, seen = ChatEncoder(tokenizer_of("qwen3")), []
+    backend = encoder.backend
+    encoder.backend = SimpleNamespace(
+        **{name: getattr(backend, name) for name in ("encode", "decode_batch", "truncation", "padding", "normalizer")},
+        encode_special_tokens=False,
+        encode_batch=lambda texts, **options: seen.extend(texts) or backend.encode_batch(texts, **options),
+    )
+    encoded = encoder.encode({"messages": THREE})
+    assert len(encoded.documents) == 3 and len(seen) == len(set(seen))
+    assert sum("Be brief" in text for text in seen) == sum("Count" in text for text in seen) == 1
+    encoder.backend = backend
+    assert encoder.encode({"messages": THREE}) == encoded
