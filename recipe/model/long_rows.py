@@ -83,7 +83,7 @@ class Inputs(transformers.TrainerCallback):
 
     def _around(self, checkpointing):
         def compute(*args, **kwargs):
-            with saved_tensors_hooks(self.put, lambda held: held.take() if hasattr(held, "take") else held):
+            with saved_tensors_hooks(self.put, lambda held: held if isinstance(held, Tensor) else held.take()):
                 return checkpointing(*args, **kwargs)
 
         return compute

@@ -145,6 +145,12 @@ def test_offloading_without_a_word_on_checkpointing_switches_that_on(tiny_model,
     assert "each layer computed twice, the inputs of layers until then in files in" in said
 
 
+def test_inputs_too_small_to_be_worth_it_stay_where_they_are(tiny_model, rows, tmp_path):
+    one = ["--per_device_train_batch_size", 1]
+    plain, offloaded = (train(tiny_model, rows, tmp_path / f"{len(more)}", *one, *more) for more in ([], BOTH[:2]))
+    assert offloaded == plain
+
+
 def test_a_disk_without_room_for_the_inputs_is_said_before_the_first_step(tiny_model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "free_disk", lambda folder: 10)
     with pytest.raises(UserError, match="--activation_offloading: it takes 0.0 GB of the disk of .*, and 0.0 are free"):
