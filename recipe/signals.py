@@ -42,12 +42,14 @@ class _State:
         since: when it came, in seconds of time.monotonic().
         notice: what is printed when one comes, if the run ends later; "" if it ends at once.
         ended: what is printed when the run ends at once.
+        parent: in a forked child, the process that it comes from.
     """
 
     received: int = 0
     since: float = 0.0
     notice: str = ""
     ended: str = ""
+    parent: int = 0
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
@@ -66,11 +68,15 @@ def watch(ended: str = "nothing was to be saved yet.") -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    os.register_at_fork(before=_remember_parent, after_in_child=_leave_to_parent)
     for number in ENDING:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     threading.Thread(target=_read, args=[reader], daemon=True).start()
+
+
+def _remember_parent() -> None:
+    _state.parent = os.getpid()
 
 
 def _leave_to_parent() -> None:
@@ -86,7 +92,7 @@ def _leave_to_parent() -> None:
                 break
         os._exit(0)
 
-    parent = os.getppid()
+    parent = _state.parent
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     threading.Thread(target=wait, daemon=True).start()

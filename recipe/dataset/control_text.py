@@ -31,12 +31,7 @@ class ControlText:
         markup = [token for token in added if token.special or re.fullmatch(r"[<\[].+[>\]]", str(token))]
         self.special = _any_of(token for token in markup if token.special)
         self.markup = _any_of(markup)
-        # What such a token does not touch before itself, and no other added token can reach across.
-        inner = {char for token in added for char in str(token)[1:]}
-        free = [
-            token for token in added if token.special and not (token.normalized or token.lstrip or token.single_word)
-        ]
-        self._cut = _any_of(token for token in free if str(token)[0] not in inner)
+        self._cut = _any_of(_cutting(added))
         self._tokenizer = tokenizer
 
     def neutralise(self, messages: list, tools: list | None) -> tuple[list, list | None, str | None]:
@@ -89,6 +84,21 @@ def _map_strings(change: Callable[[str], str], value: Any) -> Any:
     if isinstance(value, dict):
         return {_map_strings(change, key): _map_strings(change, item) for key, item in value.items()}
     return [_map_strings(change, item) for item in value] if isinstance(value, list) else value
+
+
+def _cutting(added: Iterable) -> list:
+    """Return the special tokens before which the tokenizer always cuts a text, whatever stands there."""
+    added = list(added)
+    inner = {char for token in added for char in str(token)[1:]}  # another token may reach across such a character
+    reaching = [str(token) for token in added if token.lstrip or token.single_word]  # or be taken back when it is found
+    result = []
+    for token in added:
+        text = str(token)
+        letter = text[0].isspace() or any(other.single_word for other in added) and re.match(r"\w", text)
+        taken_back = any(other.startswith(text) for other in reaching)  # the token itself included
+        if token.special and not (token.normalized or letter or taken_back or text[0] in inner):
+            result.append(token)
+    return result
 
 
 def _any_of(tokens: Iterable) -> re.Pattern:

@@ -219,16 +219,16 @@ def cached_rows(tokeniser: Tokeniser) -> Any:
     shown = not datasets.utils.are_progress_bars_disabled()
     datasets.utils.disable_progress_bars()  # `_generate` has one that counts conversations
     total = len(tokeniser.conversations)
-    _work[key] = work = _Work(tokeniser, _processes(total))
+    _work[key] = work = _Work(tokeniser)
     numbers = {"starts": list(range(0, total, BATCH)), "key": key}
     try:
         return datasets.Dataset.from_generator(
             _generate, features, gen_kwargs=numbers, num_proc=work.processes, fingerprint=key
         )
-    except datasets.exceptions.DatasetGenerationError:
-        if work.problems.empty():
-            raise
-        raise UserError(work.problems.get()) from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        if work.processes and work.bad.value < total:
+            tokeniser.rows(range(work.bad.value, min(work.bad.value + work.size, total)))  # raises it here, too
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     finally:
         del _work[key]
         if shown:
@@ -240,14 +240,27 @@ class _Work:
 
     Attributes:
         processes: how many work on it, or None for this one alone.
-        problems: the sentences of a UserError, from whichever process.
+        size: conversations that one of them works on at once.
+        bad: where the first of those that hold a mistake begin, shared by all processes; else a large number.
         bar: progress of the process that has the first conversation.
     """
 
-    def __init__(self, tokeniser: Tokeniser, processes: int | None):
-        self.tokeniser, self.processes = tokeniser, processes
-        self.problems = multiprocessing.get_context("fork").SimpleQueue()
+    def __init__(self, tokeniser: Tokeniser):
+        self.tokeniser, self.processes, self.size = tokeniser, _processes(len(tokeniser.conversations)), BATCH
         self.bar: Any = None
+        if self.processes:
+            self.size = max(1, BATCH // 10)  # as each holds so many
+            self.bad = multiprocessing.get_context("fork").Value("q", 1 << 62)
+
+    def found_bad(self, begin: int) -> None:
+        """Remember that a mistake is among the conversations from `begin` on."""
+        if self.processes:
+            with self.bad.get_lock():
+                self.bad.value = min(self.bad.value, begin)
+
+    def is_over(self, begin: int) -> bool:
+        """Return whether a mistake was found before the conversation `begin`: only what comes before it still counts."""
+        return bool(self.processes) and self.bad.value < begin
 
     def progress(self, begin: int, done: int) -> None:
         """Show that the `done` conversations from `begin` on are ready."""
@@ -269,24 +282,29 @@ _work: dict[str, _Work] = {}  # forked processes find it here: tokenizers and op
 
 def _processes(conversations: int) -> int | None:
     """Return how many processes tokenise so many conversations; None: this one."""
-    if not sys.platform.startswith("linux") or multiprocessing.get_start_method() != "fork":
+    if not sys.platform.startswith("linux"):
         return None
     most = min(conversations // SHARE, len(os.sched_getaffinity(0)), MOST_PROCESSES)
-    return most if most > 1 else None
+    if most <= 1:
+        return None
+    import multiprocess  # which datasets uses
+
+    return most if multiprocess.get_start_method() == "fork" else None
 
 
 def _generate(starts: list[int], key: str) -> Iterator[Row]:
     """Tokenise BATCH conversations from each of `starts` on."""
-    work, size = _work[key], BATCH
+    work = _work[key]
     if work.processes:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
-        size = BATCH // 10  # each holds what it works on
     total = len(work.tokeniser.conversations)
-    for begin in (begin for start in starts for begin in range(start, min(start + BATCH, total), size)):
+    for begin in (begin for start in starts for begin in range(start, min(start + BATCH, total), work.size)):
+        if work.is_over(begin):
+            raise InterruptedError("another process has found a mistake")
         try:
-            rows = work.tokeniser.rows(range(begin, min(begin + size, total)))
-        except UserError as error:
-            work.problems.put(str(error))
+            rows = work.tokeniser.rows(range(begin, min(begin + work.size, total)))
+        except UserError:
+            work.found_bad(begin)
             raise
         yield from rows
         work.progress(begin, len(rows))

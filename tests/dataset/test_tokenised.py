@@ -71,12 +71,18 @@ def test_a_large_file_is_tokenised_by_several_processes_to_the_same_rows(qwen, t
     assert [again[i] for i in range(100)] == [alone[i] for i in range(100)]
 
 
-def test_a_bad_row_is_named_whichever_process_finds_it(qwen, tmp_path, monkeypatch):
-    path = write(tmp_path / "rows.jsonl", [ROWS[0]] * 90 + [{"messages": 1}] + [ROWS[0]] * 9)
-    monkeypatch.setattr(tokenised, "BATCH", 10)
-    monkeypatch.setattr(tokenised, "SHARE", 30)
-    with pytest.raises(UserError, match=r"rows.jsonl.*91"):
-        finetune.SupervisedDataset(Conversations([str(path)]), ChatEncoder(qwen), max_length=512)
+@pytest.mark.parametrize("bad", [[91], [6, 53], [48, 53, 91]])
+def test_the_first_bad_row_is_named_however_many_processes_find_one(qwen, tmp_path, monkeypatch, bad):
+    rows = [{"messages": 1} if n + 1 in bad else ROWS[0] for n in range(100)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    sentences = []
+    for batch, share in ((100, 5000), (10, 30)):
+        monkeypatch.setattr(tokenised, "BATCH", batch)
+        monkeypatch.setattr(tokenised, "SHARE", share)
+        with pytest.raises(UserError, match=f"rows.jsonl: record {bad[0]} ") as error:
+            finetune.SupervisedDataset(Conversations([str(path)]), ChatEncoder(qwen), max_length=512)
+        sentences.append(str(error.value))
+    assert sentences[0] == sentences[1]
 
 
 PROGRAM = """

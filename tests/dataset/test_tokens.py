@@ -233,7 +233,7 @@ def test_a_text_that_a_template_was_applied_to_stays_text_and_is_noted(qwen):
 # Texts are tokenised in pieces
 
 
-WORDS = ["<a>", "<|b|>", "<", "a>", "x", " ", "  ", "\n", "word words", "\u0301", "é", "\u2581", "5"]
+WORDS = ["<a>", "<|b|>", "<", "a>", ">", "EOS", "x", " ", "  ", "\n", "word words", "\u0301", "é", "\u2581", "5"]
 KINDS = {
     "byte-level": ([normalizers.NFC()], pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "a space before a text": ([], pre_tokenizers.Metaspace(prepend_scheme="first")),
@@ -262,7 +262,11 @@ def test_pieces_have_the_ids_of_the_whole_text_whatever_the_flags_of_control_tok
         {"special": st.sampled_from([True, True, False])},
         optional={name: st.booleans() for name in ("lstrip", "rstrip", "normalized", "single_word")},
     )
-    names = ["<a>", "<|b|>", *data.draw(st.sampled_from([[], ["x<a>"], ["<a>x"], [" <"]]))]
+    names = [
+        "<a>",
+        "<|b|>",
+        *data.draw(st.sampled_from([[], *([text] for text in ("x<a>", "<a>x", " <", "<", "<a>>", "EOS", "é", "\n"))])),
+    ]
     tokenizer = trained(data.draw(st.sampled_from(sorted(KINDS))), [(name, data.draw(flags)) for name in names])
     text = "".join(data.draw(st.lists(st.sampled_from(WORDS), max_size=12)))
     backend, pieces = tokenizer.backend_tokenizer, ControlText(tokenizer).pieces(text, None, shared=True)

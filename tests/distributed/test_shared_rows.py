@@ -44,12 +44,12 @@ def jobs(qwen3, rows, folder, engine, sharing):
                 "--eval_strategy", "steps", "--eval_steps", 5, "--per_device_eval_batch_size", 2, "--eval_generate", 1,
                 "--gradient_checkpointing", "True" if packed else "False", *LONG[: len(LONG) * bool(packed and sharing > 1)],
             )  # fmt: skip
-            yield name, {"argv": words, "gather": folder / f"{name}.pt", "long": [32, 256]}
+            yield name, {"argv": words, "gather": folder / f"{name}.pt", "long": [64, 256]}
         if sharing > 1 and mode != Mode.QLORA:
             again = argv(qwen3, rows, folder / "again" / mode, *words[words.index("--max_steps") :])
             copy = [folder / name / "checkpoint-3", folder / "again" / mode / "checkpoint-3"]
             words = [*again, "--resume_from_checkpoint", "auto"]
-            yield f"{mode} again", {"argv": words, "copy": copy, "long": [32, 256]}
+            yield f"{mode} again", {"argv": words, "copy": copy, "long": [64, 256]}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_ranks_that_share_rows_train_as_one_process(ran, engine, kind):
     found, expected = ran(engine)[kind], ran("one process")[kind]
     sharing = 4 if engine == "DDP, 4 of 4" else 2
     assert f"{ENGINES[engine]} processes, {sharing} of which share each row" in found["said"]
-    assert ("pieces of 32 tokens" in found["said"] and "until then in files in" in found["said"]) == ("packed" in kind)
+    assert ("pieces of 64 tokens" in found["said"] and "until then in files in" in found["said"]) == ("packed" in kind)
     for key in ("loss", "grad_norm", "eval_loss"):
         assert log(found, key) == pytest.approx(log(expected, key), rel=1e-4), key
     assert len(log(found, "loss")) == 5 and log(found, "eval_exact_match") == log(expected, "eval_exact_match")
