@@ -1,15 +1,15 @@
 """From conversations to ids and labels, beside the tokenizer's own `encode_batch` of the same texts.
 
-    python benchmarks/tokenising.py --chats 12000          # in Markdown
+    python benchmarks/tokenising.py                        # SmolLM2's tokenizer, in Markdown
+    python benchmarks/tokenising.py Qwen/Qwen2.5-0.5B-Instruct Qwen/Qwen3-0.6B
 
-Chats have two turns of about 200 tokens; SmolLM2's tokenizer, with its own chat template and with Qwen's as TRL ships
-them. Processor time is that of one thread in one process, the fastest of --repeat rounds in which both take turns.
-With Qwen3's template a chat becomes two documents, as serving sees no thoughts of earlier turns. Rows a second: a whole
-dataset into the cache on disk, by one process and by those that `tokenised.cached_rows` starts.
+Chats have two turns and about 400 tokens. Processor time is that of one thread in one process, the fastest of --repeat
+rounds in which both take turns. With Qwen3's template a chat becomes two documents, as serving sees no thoughts of
+earlier turns. Rows a second: a whole dataset into the cache on disk, by one process and by those that
+`tokenised.cached_rows` starts on this machine.
 """
 
 import argparse
-import importlib.resources
 import json
 import os
 import pathlib
@@ -33,7 +33,7 @@ def chats(count):
     chance = random.Random(0)
 
     def said(role):
-        return {"role": role, "content": " ".join(chance.choices(WORDS, k=150))}
+        return {"role": role, "content": " ".join(chance.choices(WORDS, k=70))}
 
     return [{"messages": [said(role) for role in ("user", "assistant") * 2]} for _ in range(count)]
 
@@ -62,6 +62,7 @@ def rows_a_second(encoder, path, share):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="folders or names of models")
     parser.add_argument("--chats", type=int, default=12_000)
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
@@ -72,16 +73,15 @@ def main():
         os.environ["HF_DATASETS_CACHE"] = folder
         path = pathlib.Path(folder) / "chats.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name in ("SmolLM2", "Qwen2.5", "Qwen3"):
-            tokenizer = AutoTokenizer.from_pretrained(model_folder("smollm2", None))
-            if name != "SmolLM2":
-                file = f"{name.lower().replace('.', '_')}.jinja"
-                tokenizer.chat_template = importlib.resources.files("trl").joinpath("chat_templates", file).read_text()
-            encoder = ChatEncoder(tokenizer)
+        for model in args.models or [model_folder("smollm2", None)]:
+            encoder = ChatEncoder(AutoTokenizer.from_pretrained(model))
             alone, whole, documents = processor_time(encoder, rows[:1500], args.repeat)
             speeds = (rows_a_second(encoder, path, share) for share in (10**9, max(1, args.chats // 64)))
             cells = [f"{documents:.0f}", f"{alone:.0f}", f"{whole:.0f}", f"{alone / whole:.2f}"]
-            print(f"| {name} | {' | '.join([*cells, *(f'{speed:,.0f}' for speed in speeds)])} |", flush=True)
+            print(
+                f"| {pathlib.Path(model).name} | {' | '.join([*cells, *(f'{speed:,.0f}' for speed in speeds)])} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

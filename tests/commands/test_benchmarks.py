@@ -54,3 +54,19 @@ def test_the_tables_in_the_documents_are_those_of_the_results(program):
 def test_rows_grow(tmp_path):
     lines = output("growth.py", "rows", "--rows", 100).splitlines()
     assert lines[-1].startswith("| 100 |") and lines[-1].count("|") == 9
+
+
+def test_what_a_gpu_is_to_show_is_rehearsed_anywhere_and_nothing_is_measured_twice(tmp_path):
+    rehearse = ["--rehearse", "--first", 1, "--work", tmp_path]
+    assert '"shape": "toy", "mode": "LoRA", "variant": "recipe"' in output("gpu.py", *rehearse)
+    assert output("gpu.py", *rehearse).startswith("toy LoRA recipe 64 tokens: on record for ")
+    (line,) = (tmp_path / "rehearsed.jsonl").read_text().splitlines()
+    speed, estimated = (json.loads(line)[name] for name in ("tokens_per_second", "estimated_gb"))
+    (row,) = output("gpu.py", "table", "--results", tmp_path / "rehearsed.jsonl").splitlines()[2:]
+    assert f"| toy LoRA | recipe | 512 | {speed:,.0f} | " in row and row.endswith(f"| {estimated:.1f} |")
+
+
+def test_tokenising_is_measured_beside_the_tokenizer_alone(qwen_folder):
+    *_, row = output("tokenising.py", qwen_folder, "--chats", 200, "--repeat", 1).splitlines()
+    documents, alone, whole, rate = row.split(" | ")[1:5]
+    assert documents == "1" and float(rate) == pytest.approx(float(alone) / float(whole), abs=0.02)
