@@ -229,6 +229,13 @@ def cached_rows(tokeniser: Tokeniser) -> Any:
         if work.processes and work.bad.value < total:
             tokeniser.rows(range(work.bad.value, min(work.bad.value + work.size, total)))  # raises it here, too
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    except RuntimeError:
+        if not work.processes:
+            raise
+        raise UserError(
+            f"tokenising: one of {work.processes} processes was ended from outside, as when main memory runs out; free "
+            "some, or set --lazy_preprocess, which starts none."
+        ) from None
     finally:
         del _work[key]
         if shown:

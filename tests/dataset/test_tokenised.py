@@ -85,6 +85,15 @@ def test_the_first_bad_row_is_named_however_many_processes_find_one(qwen, tmp_pa
     assert sentences[0] == sentences[1]
 
 
+def test_a_process_that_the_system_ends_is_one_sentence(qwen, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [ROWS[0]] * 100)
+    monkeypatch.setattr(tokenised, "BATCH", 10)
+    monkeypatch.setattr(tokenised, "_processes", lambda conversations: 2)
+    monkeypatch.setattr(ChatEncoder, "encode_batch", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="one of 2 processes was ended from outside.*set --lazy_preprocess"):
+        tokenised.cached_rows(Tokeniser(Conversations([str(path)]), ChatEncoder(qwen), 512))
+
+
 PROGRAM = """
 import sys, time
 from transformers import AutoTokenizer
