@@ -39,5 +39,5 @@ bench:
 # What only a GPU shows, the most important first; a run that is on record for this GPU is left out.
 bench-gpu:
 	@VENV=.venv-bench ./setup.sh bench,fla
-	@VENV=.venv-unsloth ./setup.sh benchmarks/unsloth.txt || true
+	@! command -v nvidia-smi >/dev/null || VENV=.venv-unsloth ./setup.sh benchmarks/unsloth.txt || true
 	@.venv-bench/bin/python benchmarks/gpu.py

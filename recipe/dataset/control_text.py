@@ -10,7 +10,7 @@ the pieces that they share are tokenised once, and not once for each later turn.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 PRIVATE_USE = range(0xE000, 0xF8FF)  # code points without a meaning of their own: candidates for the sentinel
@@ -86,19 +86,18 @@ def _map_strings(change: Callable[[str], str], value: Any) -> Any:
     return [_map_strings(change, item) for item in value] if isinstance(value, list) else value
 
 
-def _cutting(added: Iterable) -> list:
+def _cutting(added: Collection) -> list:
     """Return the special tokens before which the tokenizer always cuts a text, whatever stands there."""
-    added = list(added)
+    special = [token for token in added if token.special and not token.normalized]
     inner = {char for token in added for char in str(token)[1:]}  # another token may reach across such a character
     reaching = [str(token) for token in added if token.lstrip or token.single_word]  # or be taken back when it is found
-    result = []
-    for token in added:
-        text = str(token)
-        letter = text[0].isspace() or any(other.single_word for other in added) and re.match(r"\w", text)
+    words = any(token.single_word for token in added)  # which take note of the character after them
+
+    def always(text: str) -> bool:
         taken_back = any(other.startswith(text) for other in reaching)  # the token itself included
-        if token.special and not (token.normalized or letter or taken_back or text[0] in inner):
-            result.append(token)
-    return result
+        return not (taken_back or text[0] in inner or text[0].isspace() or (words and re.match(r"\w", text)))
+
+    return [token for token in special if always(str(token))]
 
 
 def _any_of(tokens: Iterable) -> re.Pattern:

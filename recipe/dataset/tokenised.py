@@ -229,11 +229,11 @@ def cached_rows(tokeniser: Tokeniser) -> Any:
         if work.processes and work.bad.value < total:
             tokeniser.rows(range(work.bad.value, min(work.bad.value + work.size, total)))  # raises it here, too
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-    except RuntimeError:
+    except RuntimeError as error:
         if not work.processes:
             raise
         raise UserError(
-            f"tokenising: one of {work.processes} processes was ended from outside, as when main memory runs out; free "
+            f"tokenising by {work.processes} processes: {str(error).partition('.')[0]}; if main memory has run out, free "
             "some, or set --lazy_preprocess, which starts none."
         ) from None
     finally:
@@ -307,7 +307,7 @@ def _generate(starts: list[int], key: str) -> Iterator[Row]:
     total = len(work.tokeniser.conversations)
     for begin in (begin for start in starts for begin in range(start, min(start + BATCH, total), work.size)):
         if work.is_over(begin):
-            raise InterruptedError("another process has found a mistake")
+            raise RuntimeError("another process has found a mistake")
         try:
             rows = work.tokeniser.rows(range(begin, min(begin + work.size, total)))
         except UserError:

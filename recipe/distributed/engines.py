@@ -151,9 +151,8 @@ def engine_of(args: TrainingArguments) -> Engine:
         return stages[stage, offloads]
     if args.fsdp:
         return FSDP2_OFFLOAD if args.fsdp_config.get("cpu_offload") else FSDP2
-    return (
-        DDP if args.world_size > 1 or console.launched() else ONE_PROCESS
-    )  # a launcher's only process is wrapped, too
+    several = args.world_size > 1 or console.launched()  # accelerate wraps a launcher's only process, too
+    return DDP if several else ONE_PROCESS
 
 
 def training_mode(args: TrainingArguments, lora_args: Any) -> Mode:

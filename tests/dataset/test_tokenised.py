@@ -90,7 +90,9 @@ def test_a_process_that_the_system_ends_is_one_sentence(qwen, tmp_path, monkeypa
     monkeypatch.setattr(tokenised, "BATCH", 10)
     monkeypatch.setattr(tokenised, "_processes", lambda conversations: 2)
     monkeypatch.setattr(ChatEncoder, "encode_batch", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="one of 2 processes was ended from outside.*set --lazy_preprocess"):
+    with pytest.raises(
+        UserError, match="by 2 processes: One of the subprocesses has abruptly died.*set --lazy_preproc"
+    ):
         tokenised.cached_rows(Tokeniser(Conversations([str(path)]), ChatEncoder(qwen), 512))
 
 

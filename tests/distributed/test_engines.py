@@ -144,8 +144,8 @@ def jobs(label, folder, tiny_model, qwen3, moe, hybrid, data):
             yield "stopped", {"argv": argv(qwen3, stopped, 1, *long), "signalled": [one, 4, "SIGTERM"]}
             yield "gone on", {"argv": argv(qwen3, stopped, 1, *resume)}
         checkpointed = [*plain, "--gradient_checkpointing", "True", *no_dropout]
-        if mode == Mode.FULL:
-            yield "checkpointed", {"argv": argv(tiny_model, folder / "checkpointed", 1, *checkpointed)}
+        name = f"{mode} checkpointed"
+        yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed)}
         name, long = f"{mode} long", ["--activation_offloading", "True", "--tiled_mlp", "True"]
         yield name, {"argv": argv(tiny_model, folder / name, 1, *checkpointed, *long), "long": [64, 256]}
         packed = [
@@ -242,9 +242,10 @@ def test_losses_and_gradients_are_those_of_one_process_also_where_an_epoch_ends_
         assert log(shared, key) == pytest.approx(log(alone, key), rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("engine", WHOLE)
-def test_gradient_checkpointing_changes_no_loss_and_no_gradient(ran, engine):
-    plain, checkpointed = (ran(engine)[name] for name in ("full 1", "checkpointed"))
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(ran, engine, mode):
+    plain, checkpointed = (ran(engine)[f"{mode} {how}"] for how in ("1", "checkpointed"))
     for key in ("loss", "grad_norm"):
         assert len(log(plain, key)) == 7
         assert log(checkpointed, key) == pytest.approx(log(plain, key), rel=1e-5)
