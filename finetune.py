@@ -46,8 +46,7 @@ from recipe.dataset.sources import parse_sources
 from recipe.distributed import engines, nodes, weights
 from recipe.model import adapter, attention, experts, generation, loading, precision, quantised, rope, sequence
 from recipe.model.base_files import BaseFiles
-from recipe.training import answers, checkpoints, interruption, out_of_memory, start_report
-from recipe.training.plan import Plan
+from recipe.training import answers, checkpoints, interruption, out_of_memory, plan, start_report
 from recipe.training.run_record import RunRecord
 from recipe.training.trainer import RecipeTrainer
 
@@ -378,8 +377,8 @@ def rehearse_loading(
     with engines.whole_models(training_args):
         model = pretrained(model_args, training_args).skeleton(config)
         engines.settle_loading(training_args, model, loading.buffers_in_files(model))
-        if training_args.use_lora:
-            add_adapter(model, training_args, replace(lora_args, init_lora_weights="true"))  # others need the numbers
+        start = replace(lora_args, init_lora_weights="true")  # others need the numbers
+        plan.refuse_flags(training_args, add_adapter(model, training_args, start) if training_args.use_lora else model)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,12 +470,12 @@ def run(
         questions=answers.held_out_questions(eval_dataset or {}, data_args.eval_generate, encoder),
         metric=answers.load_metric(data_args.metric) if data_args.metric else None, stop_ids=encoder.stop_ids,
     )  # fmt: skip
-    plan = Plan(trainer, compute_dtype, lora_args)
-    plan.choose()
+    planned = plan.Plan(trainer, compute_dtype, lora_args)
+    planned.choose()
     engines.settle_checkpointing(model, training_args, lora_args.q_lora)
-    start_report.refuse_full_disk(plan)
-    say(start_report.describe(plan))
-    with about.reporting(trainer), trainer.stalls, out_of_memory.explained(plan):
+    start_report.refuse_full_disk(planned)
+    say(start_report.describe(planned))
+    with about.reporting(trainer), trainer.stalls, out_of_memory.explained(planned):
         with interruption.deferred(training_args):
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
             safe_save_model_for_hf_trainer(trainer, training_args.output_dir)

@@ -73,21 +73,21 @@ def rows(count, path=None, seed=0):
                             {"role": "assistant", "content": f"{'; '.join(steps)}. The answer is {total}."}]}  # fmt: skip
 
 
-def conversation(tokenizer, length):
-    """A conversation of `length` tokens or a few fewer, half of them the answer."""
+def conversations(tokenizer, length, count):
+    """Conversations of `length` tokens or a few fewer, half of them the answer, that begin differently."""
     from recipe.dataset.encoding import ChatEncoder
 
     encoder = ChatEncoder(tokenizer)
 
-    def of(words):
-        said = " a" * (words // 2), " b" * (words - words // 2)
-        row = {"messages": [{"role": r, "content": text} for r, text in zip(("user", "assistant"), said, strict=True)]}
-        return row, len(encoder.encode(row).documents[0]["input_ids"])
+    def of(words, number=0):
+        said = f"{number:06}", " a" * (words // 2), " b" * (words - words // 2)
+        roles = zip(("system", "user", "assistant"), said, strict=True)
+        return {"messages": [{"role": role, "content": text} for role, text in roles]}
 
     words = length
-    while (found := of(words))[1] > length:
-        words -= max(1, found[1] - length)
-    return found[0]
+    while (found := len(encoder.encode(of(words)).documents[0]["input_ids"])) > length:
+        words -= max(1, found - length)
+    return [of(words, number) for number in range(count)]
 
 
 def model_folder(shape, work):
@@ -365,8 +365,9 @@ def one(shape, variant, mode, args):
 
     data, count = args.work / "rows.jsonl", BATCH * args.steps
     folder = str(model_folder(shape, args.work))
-    known = [conversation(AutoTokenizer.from_pretrained(folder), args.length)] * count if args.length else None
-    data.write_text("".join(json.dumps(row) + "\n" for row in known or rows(count, args.data)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = conversations(tokenizer, args.length, count) if args.length else rows(count, args.data)
+    data.write_text("".join(json.dumps(row) + "\n" for row in known))
     labels = [row["labels"] for row in encoded(folder, str(data))[BATCH:]]
     out = str(args.work / f"out-{variant}-{mode}")
     seconds, losses, *estimated = globals()[variant](folder, str(data), out, args.steps, mode)

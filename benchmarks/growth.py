@@ -1,4 +1,4 @@
-"""How cost grows: with rows in the file, the length of documents and of rows, documents in a row, turns, experts, ranks.
+"""How cost grows: with rows in the file, the length of documents and rows, documents in a row, turns, experts, ranks.
 
     python benchmarks/growth.py                    # all of it, some minutes on two cores and 3 GB of disk
     python benchmarks/growth.py rows --rows 1000 1000000
@@ -6,8 +6,9 @@
 rows: the whole program on a file of 2 KB rows, until its first optimizer step is done, lazy and eager, where an eager
 run comes twice (the second opens the tokens of the first); memory is the peak of the process. length, documents: one
 optimizer step of a 0.1B model on the same number of tokens. one_row: a step on one document of more and more tokens.
-experts: a step of a mixture in which a token always passes 4 experts. turns: one conversation to ids and labels. ranks: a
-step of a toy model under more and more ranks, each with a row of its own, and all of them sharing one row.
+experts: a step of a mixture in which a token always passes 4 experts. turns: one conversation to ids and labels. answers: a
+step on a conversation whose template renders all earlier turns anew for every answer, so that each answer is a document
+with them, which computes them itself or shares them. ranks: a step of a toy model under more and more ranks, each with a row of its own, and all of them sharing one row.
 """
 
 import argparse
@@ -72,8 +73,11 @@ def rows(work, counts):
         path.unlink()
 
 
-def steps(work, shapes, config=None, repeats=3):
-    """Seconds of one forward and backward pass of a packed row, for lists of document lengths; 0.1b, or a configuration."""
+def steps(work, shapes, config=None, repeats=3, answer=None, share=False):
+    """Seconds of one forward and backward pass of a packed row, for lists of document lengths.
+
+    The model is 0.1b, or one of a configuration; half of a document is supervised, or the last `answer` tokens.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -95,8 +99,10 @@ def steps(work, shapes, config=None, repeats=3):
     head = loss.fuse_loss_into_head(model)
     for lengths in shapes:
         ids = torch.randint(1000, 40_000, (sum(lengths),)).tolist()
-        documents = [[{"input_ids": ids[:n], "labels": [-100] * (n // 2) + ids[n // 2 : n]}] for n in lengths]
-        batch, seconds = Collator()(documents), []
+        prompts = [n - answer if answer else n // 2 for n in lengths]
+        labels = [[-100] * prompt + ids[prompt:n] for prompt, n in zip(prompts, lengths, strict=True)]
+        documents = [[{"input_ids": ids[: len(part)], "labels": part}] for part in labels]
+        batch, seconds = Collator(share_prefixes=share)(documents), []
         for _ in range(1 + repeats):
             start = time.perf_counter()
             supervised_loss(model, batch, head=head)[0].backward()
@@ -194,10 +200,19 @@ def turns(work):
     table("turns", "milliseconds a turn", counts, found)
 
 
+def answers(work, tokens=64):
+    counts = (2, 8, 16)
+    shapes = [[tokens * (n + 1) for n in range(count)] for count in counts]
+    for title, share in (("answers, each with all turns before it", False), ("the same, turns shared", True)):
+        found = steps(work, shapes, answer=tokens // 2, share=share)
+        milliseconds = [f"{1000 * seconds / count:.0f}" for seconds, count in zip(found, counts, strict=True)]
+        table(title, "milliseconds an answer", counts, milliseconds)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", nargs="*", default=["rows", "length", "documents", "one_row", "experts", "turns", "ranks"]
+        "what", nargs="*", default=["rows", "length", "documents", "one_row", "experts", "turns", "answers", "ranks"]
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000])
     args = parser.parse_args()

@@ -16,7 +16,7 @@ import pathlib
 import sys
 import tempfile
 
-from bench import MODES, Clock, conversation, model_folder, peak_memory, recorded, watched
+from bench import MODES, Clock, conversations, model_folder, peak_memory, recorded, watched
 
 RESULTS = pathlib.Path(__file__).parent / "results.jsonl"
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -41,9 +41,9 @@ def measure(shape, mode, length, pack_tokens, steps, work):
     from recipe.model.precision import best_dtype, dtype_name
 
     folder = model_folder(shape, work)
-    row = conversation(AutoTokenizer.from_pretrained(folder), length)
-    rows = steps * (2 * pack_tokens // length if pack_tokens else 8)
-    (work / "rows.jsonl").write_text((json.dumps(row) + "\n") * rows)
+    count = steps * (2 * pack_tokens // length if pack_tokens else 8)
+    rows = conversations(AutoTokenizer.from_pretrained(folder), length, count)
+    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     clock = Clock()
     watched(clock)
     how = ["--pack_tokens", pack_tokens] if pack_tokens else ["--per_device_train_batch_size", 1]

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 
-from bench import MODES, conversation, fine_tuned, model_folder, peak_memory, recorded
+from bench import MODES, conversations, fine_tuned, model_folder, peak_memory, recorded
 
 WINDOW = 8192  # of all shapes
 RESULTS = pathlib.Path(__file__).parent / "long_rows.jsonl"
@@ -40,7 +40,8 @@ def measure(args):
     (shape,), (mode,), (tokens,), (name,) = args.shape, args.mode, args.tokens, args.measures
     folder, (offloading, tiled) = model_folder(shape, args.work), MEASURES[name]
     rows = args.work / "rows.jsonl"
-    rows.write_text((json.dumps(conversation(AutoTokenizer.from_pretrained(folder), tokens)) + "\n") * args.steps)
+    found = conversations(AutoTokenizer.from_pretrained(folder), tokens, args.steps)
+    rows.write_text("".join(json.dumps(row) + "\n" for row in found))
     seconds, losses, estimated, libraries = fine_tuned(
         args.work / "out", "--model_name_or_path", folder, "--data_path", rows, "--max_steps", args.steps,
         "--per_device_train_batch_size", 1, "--lora_r" if mode != "full" else "--seed", 16, *MODES[mode],

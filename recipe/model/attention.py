@@ -10,7 +10,8 @@ implementations know, also when a checkpointed layer is computed again.
 
 import importlib.util
 import inspect
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, max_length_k: int | None = None,
+    cu_seq_lens_k: Tensor | None = None, key_places: Tensor | None = None,
     scaling: float | None = None, dropout: float = 0.0, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Compute the attention of one layer, as transformers' attention interface requires.
@@ -46,7 +48,10 @@ def packed_attention(
             batches and for generation, which transformers' own sdpa implementation computes.
         max_length_q: int, length of the longest document or more.
         max_length_k: int, the same; or the tokens of the whole row if other ranks have the rest of it (see
-            `sequence.py`), to whom `cu_seq_lens_q` and `max_length_q` apply as well.
+            `sequence.py`), to whom all that is said of documents applies as well.
+        key_places: int64 [S], where in the row each token of each document stands, if documents share the tokens that
+            they begin with (see `dataset.prefixes`); `cu_seq_lens_q` and `max_length_q` are then of the tokens that each
+            has for itself, its last ones, and `cu_seq_lens_k` (int32 [documents + 1]) and `max_length_k` of all of it.
     Returns:
         ([B, T, H, D], None).
     """
@@ -57,15 +62,19 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if sequence.is_shared() and (max_length_k or 0) > query.shape[2]:
         query, key, value = map(sequence.to_heads, (query, key, value))
-        options.update(scaling=scaling, dropout=dropout)
+        options.update(scaling=scaling, dropout=dropout, cu_seq_lens_k=cu_seq_lens_k, key_places=key_places)
         attended, _ = packed_attention(module, query, key, value, None, cu_seq_lens_q, max_length_q, **options)
         return sequence.to_tokens(attended), None
     dtype = _computing_dtype(query)
     if query.device.type == "cuda" and dtype.itemsize == 2 and not dropout:
         row = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]  # [T, H, D]
         ends = [cu_seq_lens_q] * 2 + [max_length_q] * 2
+        if key_places is not None:  # the queries of a document are its last tokens, as the kernel takes them to be
+            row[1:] = [_Fetch.apply(states, key_places) for states in row[1:]]
+            ends = [cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k or len(key_places)]
         return varlen_attn(*row, *ends, scale=scaling, window_size=(-1, 0), **GROUPED)[None], None  # causal
-    return _by_document(query, key, value, cu_seq_lens_q, scaling, dropout), None
+    documents = _documents(cu_seq_lens_q, cu_seq_lens_k, key_places)
+    return _by_document(query, key, value, documents, scaling, dropout), None
 
 
 def _computing_dtype(states: Tensor) -> torch.dtype:
@@ -74,18 +83,63 @@ def _computing_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
+class _Fetch(torch.autograd.Function):
+    """Take the rows [S, ...] at places int64 [S] of states [T, ...]; what comes back to one of them adds up in float32."""
+
+    @staticmethod
+    def forward(ctx, states, places):
+        ctx.save_for_backward(places)
+        ctx.shape = states.shape
+        return states.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (places,) = ctx.saved_tensors
+        total = gradient.new_zeros(ctx.shape, dtype=torch.float32)
+        return total.index_add_(0, places, gradient.float()).to(gradient.dtype), None
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens of a document: where they stand in the row, and in the document."""
+
+    row: slice
+    document: slice
+
+
 @torch.compiler.disable  # rows differ in their documents, and each would be compiled anew
+def _documents(ends: Tensor, all_ends: Tensor | None = None, places: Tensor | None = None) -> list[list[Run]]:
+    """Return where the tokens of each document are: those that it shares, and as the last run all of its own.
+
+    Args:
+        ends, all_ends, places: `cu_seq_lens_q`, `cu_seq_lens_k` and `key_places` of `packed_attention`.
+    """
+    own = list(itertools.pairwise(ends.tolist()))
+    if places is None:
+        return [[Run(slice(start, end), slice(0, end - start))] for start, end in own]
+    found = []
+    for (start, end), document in zip(own, places.split(all_ends.diff().tolist()), strict=True):
+        shared = document[: len(document) - (end - start)]
+        jumps = (shared.diff() != 1).nonzero()[:, 0] + 1
+        bounds = itertools.pairwise([0, *jumps.tolist(), len(shared)] if len(shared) else [0])
+        runs = [Run(slice(first := int(shared[a]), first + b - a), slice(a, b)) for a, b in bounds]
+        found.append([*runs, Run(slice(start, end), slice(len(shared), len(document)))])
+    return found
+
+
+@torch.compiler.disable
 def _by_document(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scaling: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, documents: list[list[Run]], scaling: float | None, dropout: float
 ) -> Tensor:
     """Compute one document after the other; [1, H, T, D] to [1, T, H, D]."""
-    lengths = ends.diff().tolist()
     if query.device.type == "cpu" and not dropout and query.shape[-1] == value.shape[-1]:
         row = [states.to(_computing_dtype(query)) for states in (query, key, value)]
-        return _DocumentAttention.apply(*row, lengths, scaling)
+        return _DocumentAttention.apply(*row, documents, scaling)
     settings = dict(dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True)
-    outputs = [scaled_dot_product_attention(*parts, **settings) for parts in _documents(lengths, query, key, value)]
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+    outputs = []
+    for runs in documents:
+        output = scaled_dot_product_attention(*(_tokens(states, runs) for states in (query, key, value)), **settings)
+        outputs.append(output[:, :, runs[-1].document].transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -98,32 +152,45 @@ class _DocumentAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, lengths, scaling):
+    def forward(ctx, query, key, value, documents, scaling):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         output = query.new_empty(query.transpose(1, 2).shape)
         sums = []  # of each document: log of the sum of each token's weights
         with exact_float32():
-            for part, *row in _documents(lengths, output.transpose(1, 2), query, key, value):
-                attended, total = flash(*map(_for_kernel, row), is_causal=True, scale=scaling)
-                part.copy_(attended)
+            for runs in documents:
+                row = (_for_kernel(_tokens(states, runs)) for states in (query, key, value))
+                attended, total = flash(*row, is_causal=True, scale=scaling)
+                output[:, runs[-1].row] = attended[:, :, runs[-1].document].transpose(1, 2)
                 sums.append(total)
         ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.lengths, ctx.scaling = lengths, scaling
+        ctx.documents, ctx.scaling = documents, scaling
         return output
 
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, output, *sums = ctx.saved_tensors
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        wanted = [torch.empty_like(states) for states in (query, key, value)]
-        given = [gradient.transpose(1, 2), query, key, value, output.transpose(1, 2)]
+        shared = any(len(runs) > 1 for runs in ctx.documents)
+        # What comes back to a shared token from many documents adds up in float32.
+        total = torch.promote_types(key.dtype, torch.float32) if shared else key.dtype
+        wanted = [torch.empty_like(query), *(torch.empty_like(states, dtype=total) for states in (key, value))]
         with exact_float32():
-            for parts, total in zip(_documents(ctx.lengths, *wanted, *given), sums, strict=True):
-                row = map(_for_kernel, parts[3:])
-                found = flash_backward(*row, total, 0.0, True, scale=ctx.scaling)
-                for part, tensor in zip(parts[:3], found, strict=True):
-                    part.copy_(tensor)
-        return *wanted, None, None
+            for runs, sum_ in zip(ctx.documents, sums, strict=True):
+                *before, own = runs
+                # A document's queries for shared tokens have no gradient, whatever they attend to.
+                arrived, attended = (part[:, own.row].transpose(1, 2) for part in (gradient, output))
+                if before:
+                    arrived, attended = (
+                        nn.functional.pad(p, (0, 0, own.document.start, 0)) for p in (arrived, attended)
+                    )
+                row = [arrived, *(_tokens(states, runs) for states in (query, key, value)), attended]
+                found = flash_backward(*map(_for_kernel, row), sum_, 0.0, True, scale=ctx.scaling)
+                for part, tensor in zip(wanted, found, strict=True):
+                    part[:, :, own.row] = tensor[:, :, own.document]
+                for part, tensor in zip(wanted[1:], found[1:], strict=True):
+                    for run in before:
+                        part[:, :, run.row] += tensor[:, :, run.document]
+        return *(part.to(key.dtype) for part in wanted), None, None
 
 
 def _for_kernel(states: Tensor) -> Tensor:
@@ -131,9 +198,10 @@ def _for_kernel(states: Tensor) -> Tensor:
     return states.float() if states.dtype.itemsize == 2 and states.shape[2] <= SHORT else states
 
 
-def _documents(lengths, *rows):
-    """Yield the views [1, H, t, D] of rows [1, H, T, D] that belong to each document."""
-    yield from zip(*(row.split(lengths, dim=2) for row in rows), strict=True)
+def _tokens(states: Tensor, runs: list[Run]) -> Tensor:
+    """Return the tokens [1, H, t, D] of a row [1, H, T, D] that a document has, see `_documents`."""
+    parts = [states[:, :, run.row] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def packed_mask(
@@ -159,6 +227,14 @@ def layer_kinds(config: PreTrainedConfig) -> set[str]:
 def can_pack(config: PreTrainedConfig) -> bool:
     """Return True if `packed_attention` is right for every attention layer: it sees all earlier tokens."""
     return layer_kinds(config) <= WHOLE
+
+
+def can_share_prefixes(config: PreTrainedConfig) -> bool:
+    """Return True if documents may share the tokens that they begin with: all layers compute by `packed_attention`.
+
+    A layer that carries a state from token to token would have to take it up again where documents part.
+    """
+    return layer_kinds(config) == {"full_attention"} and config._attn_implementation == PACKED
 
 
 def choose(config: PreTrainedConfig, sharing: int = 1) -> str:

@@ -66,6 +66,11 @@ def balancing_weight(config: PretrainedConfig) -> float:
     return float(getattr(config, "router_aux_loss_coef", None) or 0) if wanted else 0.0
 
 
+def balancing_of(model: torch.nn.Module) -> float:
+    """Return that weight for a training: an adapter leaves the routers as they are, and their balance with them."""
+    return 0.0 if hasattr(model, "peft_config") else balancing_weight(model.config)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Forward pass
 

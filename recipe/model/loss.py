@@ -171,7 +171,8 @@ def supervised_loss(
     Raises:
         UserError: the load-balancing loss has no gradient.
     """
-    batch = {name: value for name, value in batch.items() if name not in ("labels", "padding_tokens", "rows")}
+    about = ("labels", "padding_tokens", "shared_tokens", "rows")  # what the model does not take
+    batch = {name: value for name, value in batch.items() if name not in about}
     targets = batch.pop("shift_labels")[:, batch["logits_to_keep"]].flatten()
     count = (targets != IGNORE_INDEX).sum()
     # With a cache transformers would treat the row as one document.

@@ -11,6 +11,7 @@ from torch import nn
 
 from recipe.console import UserError, say
 from recipe.dataset.collator import Collator
+from recipe.dataset.rendering import IGNORE_INDEX
 from recipe.distributed import engines, weights
 from recipe.model import attention
 from recipe.training.out_of_memory import is_out_of_memory
@@ -56,13 +57,34 @@ def packing_fault(model: nn.Module, collator: Collator, length: int = 16) -> str
         return f"its kernels cannot compute such rows ({type(error).__name__}: {' '.join(str(error).split()):.200})"
     finally:
         model.train(training)
-    kind = alone.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else alone.dtype
+    rounding = min(1e-3, 100 * torch.finfo(_dtype(alone)).eps)
     alone, beside, changed = (logits.float() / alone.float().abs().max() for logits in (alone, beside, changed))
-    rounding = min(1e-3, 100 * torch.finfo(dtype).eps)
     if (beside - changed).abs().max() < rounding and (beside - alone).abs().max() < 5e-2:
         return None
     return "this model mixes the documents of a row"
+
+
+def can_share_prefixes(model: nn.Module, length: int = 16) -> bool:
+    """Return True if documents that share the tokens they begin with are computed as without; every rank must call this.
+
+    Args:
+        model: as the engine wraps it.
+        length: of what two documents have in common, in tokens.
+    """
+    config = getattr(model, "module", model).config.get_text_config()
+    if not attention.can_share_prefixes(config):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    alike, *rest = torch.randint(config.vocab_size, (2 * length,), generator=generator).split([length, 5, length - 5])
+    rows = [torch.cat([alike, part]).tolist() for part in rest]
+    documents = [[{"input_ids": ids, "labels": [IGNORE_INDEX] * (length + 1) + ids[length + 1 :]}] for ids in rows]
+    training = model.training
+    try:
+        plain, shared = (_logits(model, Collator(share_prefixes=on)(documents), length - 5) for on in (False, True))
+    finally:
+        model.train(training)
+    rounding = min(5e-2, 1e4 * torch.finfo(_dtype(plain)).eps)
+    return bool((plain - shared).float().abs().max() < rounding * plain.float().abs().max())
 
 
 @torch.no_grad()
@@ -70,10 +92,16 @@ def _logits(model, batch, length):
     """Logits of the last `length` tokens of a packed row."""
     model.eval()
     tokens = batch["input_ids"].shape[1]
-    inputs = {name: value for name, value in batch.items() if "labels" not in name}
+    inputs = {name: value for name, value in batch.items() if "label" not in name and name != "shared_tokens"}
     inputs["logits_to_keep"] = torch.arange(tokens - length, tokens)
     moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
     return model(**moved, use_cache=False).logits[:, -length:]  # some models ignore `logits_to_keep`
+
+
+def _dtype(logits):
+    """Return the dtype that these logits are computed in."""
+    kind = logits.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else logits.dtype
 
 
 class SelfChecks(transformers.TrainerCallback):
@@ -103,6 +131,10 @@ class SelfChecks(transformers.TrainerCallback):
                     f"{fault}: training with padded batches, a row for each document, which takes time and memory for "
                     "the padding."
                 )
+            # Noise and the experts' balance are of each document; compiled layers want rows of one length.
+            elif not (trainer.noise or trainer.balancing or args.torch_compile):
+                with trainer.accelerator.autocast():
+                    collator.share_prefixes = can_share_prefixes(trainer.model_wrapped)
         trainer.rehearse()
         self.keeps_gradients = engines.engine_of(args).keeps_gradients
         if not self.keeps_gradients:

@@ -17,7 +17,7 @@ from recipe import console
 from recipe.console import UserError, say
 from recipe.dataset import packing
 from recipe.distributed import engines
-from recipe.model import long_rows
+from recipe.model import experts, long_rows
 from recipe.training import memory
 from recipe.training.memory import GB, MemoryParts, ModelSize
 from recipe.training.resources import free_disk, free_memory
@@ -37,7 +37,50 @@ ORDER = [
     {"gradient_checkpointing", "tiled_mlp"},
     set(MEASURES),
 ]
+UNBALANCED = "the load-balancing loss needs the routers' scores of a whole row"
 LONGEST = 1 << 24  # tokens of a row that nobody will ask for
+
+
+def refuse_flags(args: Any, model: torch.nn.Module) -> None:
+    """Refuse flags for long rows that a model cannot have.
+
+    Args:
+        args: TrainingArguments of finetune.py.
+        model: The model with its adapter, or its skeleton.
+    Raises:
+        UserError: There is such a flag.
+    """
+    for name in MEASURES:
+        if getattr(args, name) and (obstacle := _obstacle(name, args, model)):
+            raise UserError(f"--{name}: {obstacle}; leave it out.")
+    if args.sequence_parallel > 1 and experts.balancing_of(model):
+        raise UserError(f"--sequence_parallel: {UNBALANCED}; leave it out.")
+
+
+def _obstacle(measure: str, args: Any, model: torch.nn.Module) -> str | None:
+    """Return why a model cannot have one of MEASURES; None if it can."""
+    if _fsdp_checkpoints(args):
+        return "activation_checkpointing of --fsdp_config is in its way; there, --gradient_checkpointing does the same"
+    if measure == "gradient_checkpointing":
+        return None
+    if args.torch_compile:
+        return "--torch_compile is in its way"
+    if measure == "activation_offloading":
+        here = any(isinstance(layer, GradientCheckpointingLayer) for layer in model.modules())
+        return None if here else "this model does not checkpoint its layers in the way of transformers"
+    if experts.balancing_of(model):
+        return UNBALANCED
+    return None if any(map(long_rows.feed_forward, _layers(model))) else "no feed-forward layer was found in this model"
+
+
+def _fsdp_checkpoints(args: Any) -> bool:
+    """Return True if FSDP's configuration switches activation checkpointing on, which is the same by another name."""
+    return bool(args.fsdp) and bool(args.fsdp_config.get("activation_checkpointing"))
+
+
+def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return memory.decoder_layers(base.get_decoder(), base.config.get_text_config())
 
 
 class Plan:
@@ -66,7 +109,7 @@ class Plan:
     def measures(self) -> set[str]:
         """Those of MEASURES that are on."""
         on = {name for name in MEASURES if getattr(self.args, name)}
-        return on | {"gradient_checkpointing"} if self._fsdp_checkpoints() else on
+        return on | {"gradient_checkpointing"} if _fsdp_checkpoints(self.args) else on
 
     def longest_batch(self) -> int:
         """Return the tokens of the largest micro-batch that may come, with padding."""
@@ -160,6 +203,7 @@ class Plan:
         from accelerate.utils import gather_object
 
         args = self.args
+        refuse_flags(args, self.trainer.model)
         found = gather_object([{name: self._obstacle(name) for name in MEASURES}])  # disks may differ
         obstacles = {name: next((of[name] for of in found if of[name]), None) for name in MEASURES}
         for name, obstacle in obstacles.items():
@@ -190,42 +234,17 @@ class Plan:
             # Ranks of ZeRO-3 gather weights whenever one of them computes, and so must compute equally often.
             together = engines.engine_of(args).deepspeed_stage == 3
             pieces = math.ceil(self.longest_batch() / args.sequence_parallel / long_rows.PIECE) if together else None
-            long_rows.in_pieces(self._layers(), pieces)
+            long_rows.in_pieces(_layers(self.trainer.model), pieces)
 
-    def _obstacle(self, measure):
-        """Return why one of MEASURES cannot be switched on; None if it can."""
-        args, model = self.args, self.trainer.model
-        if self._fsdp_checkpoints():
-            return (
-                "activation_checkpointing of --fsdp_config is in its way; there, --gradient_checkpointing does the same"
-            )
-        if measure == "gradient_checkpointing":
-            return None
-        if args.torch_compile:
-            return "--torch_compile is in its way"
-        if measure == "activation_offloading":
-            if not any(isinstance(layer, GradientCheckpointingLayer) for layer in model.modules()):
-                return "this model does not checkpoint its layers in the way of transformers"
-            cpu, needed = args.device.type == "cpu", console.local_world_size() * self.offloaded()
-            there = free_disk(args.output_dir) if cpu else free_memory(torch.device("cpu"))
-            place = f"the disk of {args.output_dir}" if cpu else "main memory"
-            return (
-                f"it takes {needed / GB:.1f} GB of {place}, and {there / GB:.1f} are free" if needed > there else None
-            )
-        if self.trainer.balancing:
-            return "the load-balancing loss needs the routers' scores of a whole row"
-        if not any(map(long_rows.feed_forward, self._layers())):
-            return "no feed-forward layer was found in this model"
-        return None
-
-    def _layers(self):
-        model = self.trainer.model
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        return memory.decoder_layers(base.get_decoder(), self.size.config)
-
-    def _fsdp_checkpoints(self):
-        """Return True if FSDP's configuration switches activation checkpointing on, which is the same by another name."""
-        return bool(self.args.fsdp) and bool(self.args.fsdp_config.get("activation_checkpointing"))
+    def _obstacle(self, measure: str) -> str | None:
+        """Return why one of MEASURES cannot be switched on here; None if it can."""
+        args = self.args
+        if (obstacle := _obstacle(measure, args, self.trainer.model)) or measure != "activation_offloading":
+            return obstacle
+        cpu, needed = args.device.type == "cpu", console.local_world_size() * self.offloaded()
+        there = free_disk(args.output_dir) if cpu else free_memory(torch.device("cpu"))
+        place = f"the disk of {args.output_dir}" if cpu else "main memory"
+        return f"it takes {needed / GB:.1f} GB of {place}, and {there / GB:.1f} are free" if needed > there else None
 
     def remedies(self) -> list[tuple[str, float]]:
         """Return the flags that lower the peak, with the bytes that each saves by the estimate, the largest first."""

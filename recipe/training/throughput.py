@@ -32,14 +32,16 @@ class Throughput(transformers.TrainerCallback):
     """Count what micro-batches hold and the time of optimizer steps, without evaluation and saving.
 
     `entry()` gives, since the last call and over all processes: tokens_per_second, supervised_tokens_per_second,
-    padding (share of computed positions that hold no token), memory_gb (peak of this process since training began, see
+    padding (share of computed positions that hold no token), shared (share of the tokens that several documents begin
+    with and that were computed once, see `dataset.prefixes`; only where there are any), memory_gb (peak of this process since training began, see
     `resources.peak_memory`), minutes_left, and on known GPUs mfu, the share of the peak that the model's own operations
     take (as Megatron counts them, arXiv 2205.05198: what gradient checkpointing computes again is left out).
     """
 
     def __init__(self, trainer: transformers.Trainer):
         self.trainer = trainer
-        self.counts, self.flops = (0, 0, 0), flops_per_token(trainer.model)  # positions, tokens, supervised
+        # positions, those of a token, tokens (more if documents share positions), supervised ones
+        self.counts, self.flops = (0, 0, 0, 0), flops_per_token(trainer.model)
         self.seconds, self.steps, self.mark = 0.0, 0, None
         self.all_tokens = self.all_supervised = 0  # of all entries
 
@@ -47,7 +49,8 @@ class Throughput(transformers.TrainerCallback):
         """Count a micro-batch of `Collator` with this number of supervised tokens; nothing waits for the device."""
         positions = batch["input_ids"].numel()
         mask = batch.get("attention_mask")
-        counts = positions, positions - batch.get("padding_tokens", 0) if mask is None else mask.sum(), supervised
+        filled = positions - batch.get("padding_tokens", 0) if mask is None else mask.sum()
+        counts = positions, filled, filled + batch.get("shared_tokens", 0), supervised
         self.counts = tuple(a + b for a, b in zip(self.counts, counts, strict=True))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -71,20 +74,21 @@ class Throughput(transformers.TrainerCallback):
             return {}
         args, state = self.trainer.args, self.trainer.state
         sums = torch.tensor([int(count) for count in self.counts], dtype=torch.float64, device=args.device)
-        positions, tokens, supervised = self.trainer.accelerator.reduce(sums).tolist()
+        positions, filled, tokens, supervised = self.trainer.accelerator.reduce(sums).tolist()
         self.all_tokens += int(tokens)
         self.all_supervised += int(supervised)
         figures = {
             "tokens_per_second": round(tokens / self.seconds, 1),
             "supervised_tokens_per_second": round(supervised / self.seconds, 1),
-            "padding": round(1 - tokens / positions, 3),
+            "padding": round(1 - filled / positions, 3),
+            **({"shared": round(1 - filled / tokens, 3)} if filled < tokens else {}),
             "memory_gb": round(resources.peak_memory(args.device) / 1e9, 2),
             "minutes_left": round((state.max_steps - state.global_step) * self.seconds / self.steps / 60, 1),
         }
         peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if args.device.type == "cuda" else None
         if peak:
-            figures["mfu"] = round(tokens * self.flops / self.seconds / args.world_size / peak, 3)
-        self.counts, self.seconds, self.steps = (0, 0, 0), 0.0, 0
+            figures["mfu"] = round(filled * self.flops / self.seconds / args.world_size / peak, 3)
+        self.counts, self.seconds, self.steps = (0, 0, 0, 0), 0.0, 0
         return figures
 
     def totals(self) -> dict[str, int]:

@@ -88,12 +88,7 @@ class RecipeTrainer(transformers.Trainer):
         self.head = fuse_loss_into_head(self.model)
         alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # instead of the Trainer's own
         self.noise = EmbeddingNoise(self.model, alpha) if alpha else None
-        # An adapter leaves the routers as they are, and their balance with them.
-        self.balancing = 0.0 if hasattr(model, "peft_config") else experts.balancing_weight(model.config)
-        if self.balancing and self.args.sequence_parallel > 1:
-            raise UserError(
-                "--sequence_parallel: the load-balancing loss needs the routers' scores of a whole row; leave it out."
-            )
+        self.balancing = experts.balancing_of(model)
         self.best_loss = self._recorded_best()
         self._eval_sums = self._file_sums = self._evaluated = None
         self._run_dir: str | None = None  # where a checkpoint is being written

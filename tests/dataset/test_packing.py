@@ -1,5 +1,6 @@
 """--pack_tokens fills rows with whole conversations; attention, compiled layers and checkpointing fit to them."""
 
+import itertools
 import json
 import random
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import finetune
 from helpers import UNEVEN_ROWS, argv, history, parse, reference, relative, run_forked, step, write
 from recipe.console import UserError
+from recipe.dataset import prefixes
 from recipe.dataset.collator import Collator
 from recipe.dataset.packing import PackedDataset
 from recipe.model import attention
@@ -162,18 +164,28 @@ def test_compiled_layers_change_no_loss_and_no_name(tiny_model, tmp_path):
     finetune.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "True")
 
 
-def test_a_gpu_takes_a_row_in_one_call_that_equals_one_call_for_each_document():
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared prefixes"])
+def test_a_gpu_takes_a_row_in_one_call_that_equals_one_call_for_each_document(shared):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU: torch's variable-length attention has no kernel for CPUs")
     torch.manual_seed(0)
-    lengths, states = [5, 130, 1, 64], []
+    row = {"cu_seq_lens_q": [0, 5, 135, 136, 200]}
+    taken = [0, 3, 2, 0] if shared else [0] * 4
+    lengths = [
+        end - start + count for start, end, count in zip([0, 5, 135, 136], [5, 135, 136, 200], taken, strict=True)
+    ]
+    if shared:
+        row |= {"cu_seq_lens_k": [0, *itertools.accumulate(lengths)], "key_places": prefixes.places(lengths, taken)}
+    row = {name: torch.as_tensor(value, device="cuda") for name, value in row.items()}
+    row |= {name: value.int() for name, value in row.items() if name != "key_places"}
+    states = []
     for heads in (8, 2, 2):
-        states.append(torch.randn(1, heads, sum(lengths), 64, device="cuda", dtype=torch.bfloat16, requires_grad=True))
-    ends = torch.tensor([0, 5, 135, 136, 200], dtype=torch.int32, device="cuda")
+        states.append(torch.randn(1, heads, 200, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True))
+    most = {"max_length_q": 130, "max_length_k": max(lengths)}
     results = []
     for function in (
-        lambda *qkv: attention.packed_attention(None, *qkv, None, cu_seq_lens_q=ends, max_length_q=130)[0],
-        lambda *qkv: attention._by_document(*qkv, ends, None, 0.0),
+        lambda *qkv: attention.packed_attention(None, *qkv, None, **row, **most)[0],
+        lambda *qkv: attention._by_document(*qkv, attention._documents(*row.values()), None, 0.0),
     ):
         output = function(*states)
         (output.float() ** 2).sum().backward()

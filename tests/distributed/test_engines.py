@@ -240,6 +240,7 @@ def test_losses_and_gradients_are_those_of_one_process_also_where_an_epoch_ends_
     for key in ("loss", "grad_norm", "learning_rate"):
         assert len(log(alone, key)) == 7
         assert log(shared, key) == pytest.approx(log(alone, key), rel=1e-4)
+    assert min(log(alone, "shared")) > min(log(shared, "shared")) > 0  # prefixes: a row holds more of them alone
 
 
 @pytest.mark.parametrize("mode", MODES)

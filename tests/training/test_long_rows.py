@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import finetune
-from helpers import UNEVEN_ROWS, argv, history, write
+from helpers import UNEVEN_ROWS, argv, history, parse, write
 from recipe.console import UserError
 from recipe.model import long_rows
 from recipe.training import memory, plan
@@ -157,11 +157,18 @@ def test_a_disk_without_room_for_the_inputs_is_said_before_the_first_step(tiny_m
         finetune.train(argv(tiny_model, rows, tmp_path / "out", "--use_cpu", "True", *BOTH[:2]))
 
 
-def test_a_load_balancing_loss_and_pieces_exclude_each_other(small_tokenizer, rows, tmp_path):
+def test_what_a_model_cannot_have_is_said_before_its_weights_load(small_tokenizer, rows, tmp_path, monkeypatch):
     changes = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
     model = families.family("qwen3_moe", tmp_path / "model", small_tokenizer, **changes)
+    words = argv(model, rows, tmp_path / "out", "--use_cpu", "True")
+    finetune.train([*words, *BOTH[2:], "--use_lora", "--max_steps", "1"])  # an adapter leaves that loss out
+    monkeypatch.setattr(finetune, "load_model", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match="--tiled_mlp: the load-balancing loss needs .*; leave it out"):
-        finetune.train(argv(model, rows, tmp_path / "out", "--use_cpu", "True", *BOTH[2:]))
+        finetune.train([*words, *BOTH[2:]])
+    args = parse(words)[2]
+    args.sequence_parallel = 2
+    with pytest.raises(UserError, match="--sequence_parallel: the load-balancing loss needs .*; leave it out"):
+        plan.refuse_flags(args, finetune.transformers.AutoModelForCausalLM.from_pretrained(model))
 
 
 @pytest.mark.parametrize("room", [0.6e9, 2e9])

@@ -443,7 +443,10 @@ def test_what_cannot_be_resumed_is_told_before_weights_load(tiny_model, data, ru
         again(run, tiny_model, data, *more)
 
 
-def test_what_changes_the_course_of_training_is_printed_and_what_changes_nothing_is_not(tiny_model, data, run, capsys):
+def test_what_changes_the_course_of_training_is_printed_and_what_changes_nothing_is_not(
+    tiny_model, data, run, monkeypatch, capsys
+):
+    monkeypatch.setattr(finetune.precision, "has_bf16", lambda cpu: True)  # slow on some processors, and right on all
     (run / "checkpoint-6" / checkpoints.COMPLETE).unlink()
     again(run, tiny_model, data, "--logging_steps", 2, "--save_total_limit", 1, "--run_name", "other")
     assert "there have changed" not in capsys.readouterr().out
@@ -516,7 +519,8 @@ def test_a_checkpoint_without_flags_is_resumed_as_far_as_it_says(tiny_model, dat
         again(run, tiny_model, data, "--per_device_train_batch_size", 2)
 
 
-def test_a_resumed_run_computes_in_the_precision_it_was_saved_in(tiny_model, data, tmp_path):
+def test_a_resumed_run_computes_in_the_precision_it_was_saved_in(tiny_model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune.precision, "has_bf16", lambda cpu: True)  # slow on some processors, and right on all
     for precision in ("True", "False"):
         out = tmp_path / precision
         words = argv(tiny_model, data, out, "--use_lora", "--save_strategy", "steps", "--save_steps", 2)
