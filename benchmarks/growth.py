@@ -6,9 +6,10 @@
 rows: the whole program on a file of 2 KB rows, until its first optimizer step is done, lazy and eager, where an eager
 run comes twice (the second opens the tokens of the first); memory is the peak of the process. length, documents: one
 optimizer step of a 0.1B model on the same number of tokens. one_row: a step on one document of more and more tokens.
-experts: a step of a mixture in which a token always passes 4 experts. turns: one conversation to ids and labels. answers: a
-step on a conversation whose template renders all earlier turns anew for every answer, so that each answer is a document
-with them, which computes them itself or shares them. ranks: a step of a toy model under more and more ranks, each with a row of its own, and all of them sharing one row.
+experts: a step of a mixture in which a token always passes 4 experts. turns: one conversation to ids and labels. answers:
+a step on a conversation whose template renders all earlier turns anew for every answer: each answer is a document with
+them, which computes them itself or shares them. ranks: a step of a toy model under more and more ranks, each with a row
+of its own, and all of them sharing one row.
 """
 
 import argparse
@@ -200,7 +201,7 @@ def turns(work):
     table("turns", "milliseconds a turn", counts, found)
 
 
-def answers(work, tokens=64):
+def answers(work, tokens=128):
     counts = (2, 8, 16)
     shapes = [[tokens * (n + 1) for n in range(count)] for count in counts]
     for title, share in (("answers, each with all turns before it", False), ("the same, turns shared", True)):

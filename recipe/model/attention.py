@@ -4,7 +4,7 @@ transformers would build a mask of T x T positions for a row of T tokens and com
 square of the row. Here a GPU takes the row in one call of torch's variable-length kernel (FlashAttention 2, or 3 where
 `flash_attn_interface` is installed), and a CPU computes one document after the other; the result is the same.
 `register()` adds the implementation under the name PACKED to transformers' attention interface; where documents begin
-travels from `batches.Collator` through the model to every layer, under the names that transformers' own flash
+travels from `collator.Collator` through the model to every layer, under the names that transformers' own flash
 implementations know, also when a checkpointed layer is computed again.
 """
 
@@ -29,6 +29,7 @@ PACKED = "packed"
 WHOLE = {"full_attention", "linear_attention", "conv"}
 WINDOWED = {"sliding_attention"}
 SHORT = 256  # tokens of a document, see _DocumentAttention
+MASKED = 1 << 20  # numbers of a mask at most: 4 MB, see _operands
 # torch 2.11 takes fewer key heads than query heads without being told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -114,15 +115,18 @@ def _documents(ends: Tensor, all_ends: Tensor | None = None, places: Tensor | No
         ends, all_ends, places: `cu_seq_lens_q`, `cu_seq_lens_k` and `key_places` of `packed_attention`.
     """
     own = list(itertools.pairwise(ends.tolist()))
-    if places is None:
+    if places is None or all_ends is None:
         return [[Run(slice(start, end), slice(0, end - start))] for start, end in own]
     found = []
-    for (start, end), document in zip(own, places.split(all_ends.diff().tolist()), strict=True):
-        shared = document[: len(document) - (end - start)]
-        jumps = (shared.diff() != 1).nonzero()[:, 0] + 1
-        bounds = itertools.pairwise([0, *jumps.tolist(), len(shared)] if len(shared) else [0])
-        runs = [Run(slice(first := int(shared[a]), first + b - a), slice(a, b)) for a, b in bounds]
-        found.append([*runs, Run(slice(start, end), slice(len(shared), len(document)))])
+    for (start, end), document in zip(own, places.cpu().split(all_ends.diff().tolist()), strict=True):
+        count = len(document) - (end - start)
+        jumps = (document[:count].diff() != 1).nonzero()[:, 0] + 1
+        runs = [
+            Run(slice(first := int(document[a]), first + b - a), slice(a, b))
+            for a, b in itertools.pairwise([0, *jumps.tolist(), count])
+            if b
+        ]
+        found.append([*runs, Run(slice(start, end), slice(count, len(document)))])
     return found
 
 
@@ -135,9 +139,12 @@ def _by_document(
         row = [states.to(_computing_dtype(query)) for states in (query, key, value)]
         return _DocumentAttention.apply(*row, documents, scaling)
     settings = dict(dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True)
-    outputs = []
+    outputs, dtype = [], query.dtype
+    if any(len(runs) > 1 for runs in documents):  # for what comes back to a shared token, see _DocumentAttention
+        key, value = (states.to(torch.promote_types(dtype, torch.float32)) for states in (key, value))
     for runs in documents:
-        output = scaled_dot_product_attention(*(_tokens(states, runs) for states in (query, key, value)), **settings)
+        row = (_tokens(states, runs).to(dtype) for states in (query, key, value))
+        output = scaled_dot_product_attention(*row, **settings)
         outputs.append(output[:, :, runs[-1].document].transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
@@ -155,12 +162,12 @@ class _DocumentAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, documents, scaling):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         output = query.new_empty(query.transpose(1, 2).shape)
-        sums = []  # of each document: log of the sum of each token's weights
+        sums = []  # of each query: log of the sum of its weights
         with exact_float32():
             for runs in documents:
-                row = (_for_kernel(_tokens(states, runs)) for states in (query, key, value))
-                attended, total = flash(*row, is_causal=True, scale=scaling)
-                output[:, runs[-1].row] = attended[:, :, runs[-1].document].transpose(1, 2)
+                own, (first, row, seen) = runs[-1], _operands(runs, query, key, value)
+                attended, total = flash(*row, **seen, scale=scaling)
+                output[:, own.row] = attended[:, :, own.document.start - first :].transpose(1, 2)
                 sums.append(total)
         ctx.save_for_backward(query, key, value, output, *sums)
         ctx.documents, ctx.scaling = documents, scaling
@@ -172,30 +179,41 @@ class _DocumentAttention(torch.autograd.Function):
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         shared = any(len(runs) > 1 for runs in ctx.documents)
         # What comes back to a shared token from many documents adds up in float32.
-        total = torch.promote_types(key.dtype, torch.float32) if shared else key.dtype
-        wanted = [torch.empty_like(query), *(torch.empty_like(states, dtype=total) for states in (key, value))]
+        adding = torch.promote_types(key.dtype, torch.float32) if shared else key.dtype
+        wanted = [torch.empty_like(query), *(torch.empty_like(states, dtype=adding) for states in (key, value))]
         with exact_float32():
-            for runs, sum_ in zip(ctx.documents, sums, strict=True):
+            for runs, total in zip(ctx.documents, sums, strict=True):
                 *before, own = runs
-                # A document's queries for shared tokens have no gradient, whatever they attend to.
-                arrived, attended = (part[:, own.row].transpose(1, 2) for part in (gradient, output))
-                if before:
-                    arrived, attended = (
-                        nn.functional.pad(p, (0, 0, own.document.start, 0)) for p in (arrived, attended)
-                    )
-                row = [arrived, *(_tokens(states, runs) for states in (query, key, value)), attended]
-                found = flash_backward(*map(_for_kernel, row), sum_, 0.0, True, scale=ctx.scaling)
-                for part, tensor in zip(wanted, found, strict=True):
-                    part[:, :, own.row] = tensor[:, :, own.document]
+                first, row, seen = _operands(runs, query, key, value)
+                # Queries for shared tokens have no gradient here, whatever they attend to.
+                gap = (0, 0, own.document.start - first, 0)
+                arrived, attended = (part[:, own.row].transpose(1, 2).to(row[0].dtype) for part in (gradient, output))
+                arrived, attended = (nn.functional.pad(part, gap) if gap[2] else part for part in (arrived, attended))
+                found = flash_backward(arrived, *row, attended, total, 0.0, **seen, scale=ctx.scaling)
+                wanted[0][:, :, own.row] = found[0][:, :, own.document.start - first :]
                 for part, tensor in zip(wanted[1:], found[1:], strict=True):
+                    part[:, :, own.row] = tensor[:, :, own.document]
                     for run in before:
                         part[:, :, run.row] += tensor[:, :, run.document]
         return *(part.to(key.dtype) for part in wanted), None, None
 
 
-def _for_kernel(states: Tensor) -> Tensor:
-    """Cast a short document [1, H, t, D] of half precision to float32."""
-    return states.float() if states.dtype.itemsize == 2 and states.shape[2] <= SHORT else states
+def _operands(runs: list[Run], query: Tensor, key: Tensor, value: Tensor) -> tuple[int, list[Tensor], dict[str, Any]]:
+    """Return what the kernel takes for a document: its first query, queries, keys and values, and what each query sees.
+
+    The kernel leaves out what lies behind a query only if it has the queries of all tokens; where the document's own are
+    few, they come alone, with a mask.
+    """
+    length, first = runs[-1].document.stop, runs[-1].document.start
+    if 2 * first <= length or (length - first) * length > MASKED:
+        first = 0
+    row = [_tokens(query, runs[-1:] if first else runs), _tokens(key, runs), _tokens(value, runs)]
+    if query.dtype.itemsize == 2 and length <= SHORT:
+        row = [states.float() for states in row]
+    if not first:
+        return first, row, {"is_causal": True}
+    later = row[0].new_full((length - first, length), -torch.inf).triu(first + 1)
+    return first, row, {"is_causal": False, "attn_mask": later}
 
 
 def _tokens(states: Tensor, runs: list[Run]) -> Tensor:

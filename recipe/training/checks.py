@@ -67,6 +67,8 @@ def packing_fault(model: nn.Module, collator: Collator, length: int = 16) -> str
 def can_share_prefixes(model: nn.Module, length: int = 16) -> bool:
     """Return True if documents that share the tokens they begin with are computed as without; every rank must call this.
 
+    The logits of the model must be the same, and attention and its gradients those of torch with a mask.
+
     Args:
         model: as the engine wraps it.
         length: of what two documents have in common, in tokens.
@@ -78,13 +80,60 @@ def can_share_prefixes(model: nn.Module, length: int = 16) -> bool:
     alike, *rest = torch.randint(config.vocab_size, (2 * length,), generator=generator).split([length, 5, length - 5])
     rows = [torch.cat([alike, part]).tolist() for part in rest]
     documents = [[{"input_ids": ids, "labels": [IGNORE_INDEX] * (length + 1) + ids[length + 1 :]}] for ids in rows]
+    batches = [Collator(share_prefixes=on)(documents) for on in (False, True)]
     training = model.training
     try:
-        plain, shared = (_logits(model, Collator(share_prefixes=on)(documents), length - 5) for on in (False, True))
+        plain, shared = (_logits(model, batch, length - 5) for batch in batches)
+        found, expected = _attention_with_gradients(batches[1], config, plain.device, _dtype(plain))
+    except Exception as error:  # whatever the kernels of a model raise
+        if is_out_of_memory(error):
+            raise
+        say(
+            f"documents that begin alike are computed whole: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+        )
+        return False
     finally:
         model.train(training)
     rounding = min(5e-2, 1e4 * torch.finfo(_dtype(plain)).eps)
-    return bool((plain - shared).float().abs().max() < rounding * plain.float().abs().max())
+    pairs = zip([shared, *found], [plain, *expected], strict=True)
+    same = all(bool((one - other).float().norm() < rounding * other.float().norm()) for one, other in pairs)
+    if not same:
+        say("documents that begin alike are computed whole: this model computes what they share differently.")
+    return same
+
+
+def _attention_with_gradients(batch, config, device, dtype):
+    """Attention over a row, and the gradients of its inputs: (by `packed_attention`, by torch in float32 with a mask)."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    tokens, places = batch["input_ids"].shape[1], batch["key_places"]
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for document, own in zip(
+        places.split(batch["cu_seq_lens_k"].diff().tolist()), batch["cu_seq_lens_q"].diff().tolist(), strict=True
+    ):
+        for count in range(len(document) - own, len(document)):
+            seen[document[count], document[: count + 1]] = True
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, n, tokens, width, generator=generator) for n in (heads, groups, groups, heads)]
+    *states, weight = (part.to(device, dtype) for part in states)
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "key_places")
+    row = {name: torch.as_tensor(batch[name]).to(device) if "max" not in name else batch[name] for name in names}
+    results = []
+    with torch.enable_grad():
+        for exact in (False, True):
+            inputs = [part.float() if exact else part for part in states]
+            inputs = [part.detach().requires_grad_() for part in inputs]
+            if exact:
+                with torch.autocast(device.type, enabled=False):
+                    output = nn.functional.scaled_dot_product_attention(
+                        *inputs, attn_mask=seen.to(device), enable_gqa=True
+                    ).transpose(1, 2)
+            else:
+                output, _ = attention.packed_attention(None, *inputs, None, **row)
+            gradients = torch.autograd.grad((output * weight.transpose(1, 2)).sum(), inputs)
+            results.append([output.detach(), *gradients])
+    return results
 
 
 @torch.no_grad()
@@ -116,6 +165,8 @@ class SelfChecks(transformers.TrainerCallback):
         self.trainer, self.done = trainer, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from accelerate.utils import gather_object
+
         trainer = self.trainer
         self.done = False
         engines.assert_engine_runs(trainer)
@@ -134,7 +185,8 @@ class SelfChecks(transformers.TrainerCallback):
             # Noise and the experts' balance are of each document; compiled layers want rows of one length.
             elif not (trainer.noise or trainer.balancing or args.torch_compile):
                 with trainer.accelerator.autocast():
-                    collator.share_prefixes = can_share_prefixes(trainer.model_wrapped)
+                    found = gather_object([can_share_prefixes(trainer.model_wrapped)])
+                collator.share_prefixes = all(found)
         trainer.rehearse()
         self.keeps_gradients = engines.engine_of(args).keeps_gradients
         if not self.keeps_gradients:

@@ -33,9 +33,10 @@ class Throughput(transformers.TrainerCallback):
 
     `entry()` gives, since the last call and over all processes: tokens_per_second, supervised_tokens_per_second,
     padding (share of computed positions that hold no token), shared (share of the tokens that several documents begin
-    with and that were computed once, see `dataset.prefixes`; only where there are any), memory_gb (peak of this process since training began, see
-    `resources.peak_memory`), minutes_left, and on known GPUs mfu, the share of the peak that the model's own operations
-    take (as Megatron counts them, arXiv 2205.05198: what gradient checkpointing computes again is left out).
+    with and that were computed once, see `dataset.prefixes`; only where there are any), memory_gb (peak of this process
+    since training began, see `resources.peak_memory`), minutes_left, and on known GPUs mfu, the share of the peak that the
+    model's own operations take (as Megatron counts them, arXiv 2205.05198: what gradient checkpointing computes again is
+    left out).
     """
 
     def __init__(self, trainer: transformers.Trainer):

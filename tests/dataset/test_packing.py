@@ -158,6 +158,7 @@ def test_compiled_layers_change_no_loss_and_no_name(tiny_model, tmp_path):
         assert codes == [0] and "recompile_limit" not in said, said[-3000:]
         graphs[compiled] = json.loads(said.splitlines()[-1]).get("unique_graphs", 0)
         losses[compiled] = [history(tmp_path / compiled, key) for key in ("loss", "eval_loss")]
+        assert bool(history(tmp_path / compiled, "shared")) == (compiled == "False")  # compiled rows have one length
     assert graphs["False"] == 0 < graphs["True"] <= 16  # parts of one layer: more would be each layer by itself
     for plain, compiled in zip(losses["False"], losses["True"], strict=True):
         assert compiled == pytest.approx(plain, rel=1e-4)

@@ -50,13 +50,15 @@ def random_documents(seed):
 
 def test_a_row_has_what_documents_begin_with_once():
     system = [1, 2, 3, 4]
-    documents = [document([*system, 5, 6, 7], 5), document([9, 9, 8], 2), document([*system, 5, 6, 8], 6)]
+    documents = [document([*system, 5, 6, 7], 5), document([9, 9, 8], 2), document([*system, 5, 6, 8, 8], 6)]
     batch = Collator(share_prefixes=True)([documents])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 5, 6, 8, 9, 9, 8]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 0, 1, 2]]  # 5 predicts an answer: its own
-    assert batch["cu_seq_lens_q"].tolist() == [0, 7, 10, 13] and batch["cu_seq_lens_k"].tolist() == [0, 7, 14, 17]
-    assert batch["key_places"].tolist() == [*range(7), 0, 1, 2, 3, 7, 8, 9, *range(10, 13)]
-    assert batch["shared_tokens"] == 4 and batch["max_length_q"] == batch["max_length_k"] == 7
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 5, 6, 8, 8, 9, 9, 8]]
+    assert batch["position_ids"].tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 0, 1, 2]
+    ]  # 5 predicts an answer: its own
+    assert batch["cu_seq_lens_q"].tolist() == [0, 7, 11, 14] and batch["cu_seq_lens_k"].tolist() == [0, 7, 15, 18]
+    assert batch["key_places"].tolist() == [*range(7), 0, 1, 2, 3, *range(7, 14)]
+    assert (batch["shared_tokens"], batch["max_length_q"], batch["max_length_k"]) == (4, 7, 8)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -125,6 +127,7 @@ def test_the_turns_that_a_template_renders_anew_for_every_answer_cost_as_much_as
 def test_a_document_attends_to_shared_tokens_as_to_its_own(dtype, kernel):
     documents = [document([*range(20), *rest], 22) for rest in ([1, 2, 3, 4], [1, 2, 5, 6, 7], [8] * 300)]
     documents += [document([*range(7), 1, 2, 3], 8), document([4, 5, 6], 1)]
+    documents += [document([*range(30, 30 + n), *rest], n) for n in (9, 300) for rest in ([1, 2], [3, 4, 5], [6] * 310)]
     batch = Collator(share_prefixes=True)([documents])
     tokens, places = batch["input_ids"].shape[1], batch["key_places"]
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
@@ -152,10 +155,23 @@ def test_a_document_attends_to_shared_tokens_as_to_its_own(dtype, kernel):
         assert ours.dtype == dtype and (ours.double() - right).norm() < bound * right.norm()
 
 
-def test_gradients_of_a_token_that_many_share_add_up_in_float32():
-    places, weight = torch.zeros(4096, dtype=torch.long), torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    attention._Fetch.apply(weight, places).sum().backward()
-    assert weight.grad.item() == 4096  # in bfloat16 it stays at 256
+@pytest.mark.parametrize("kernel", ["document", "torch"])
+def test_gradients_of_tokens_that_many_share_add_up_without_rounding_each_time(kernel):
+    documents = [document([*range(64), 100 + n, 1, 2], 65) for n in range(512)]
+    batch = Collator(share_prefixes=True)([documents])
+    torch.manual_seed(0)
+    states = [
+        torch.randn(1, 2, batch["input_ids"].shape[1], width) for width in (8, 8, {"document": 8, "torch": 4}[kernel])
+    ]
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "key_places")
+
+    def gradients(dtype):
+        inputs = [state.bfloat16().to(dtype).requires_grad_() for state in states]
+        found, _ = attention.packed_attention(None, *inputs, None, **{name: batch[name] for name in names})
+        return torch.autograd.grad(found.sum(), inputs[1:])
+
+    for found, exact in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert (found.double() - exact)[:, :, :64].norm() < 5e-3 * exact[:, :, :64].norm()
 
 
 @pytest.fixture(params=["qwen2", "qwen3_moe"])
@@ -228,17 +244,35 @@ def test_a_load_balancing_loss_keeps_the_tokens_of_every_document(small_tokenize
 
 
 def test_models_that_carry_a_state_from_token_to_token_or_lose_the_places_share_nothing(
-    tiny_model, small_tokenizer, tmp_path
+    tiny_model, small_tokenizer, tmp_path, capsys
 ):
     finetune.attention.register()
     packed = {"dtype": torch.float32, "attn_implementation": "packed"}
     hybrid = families.family("qwen3_5_text", tmp_path / "hybrid", small_tokenizer)
     assert not checks.can_share_prefixes(AutoModelForCausalLM.from_pretrained(hybrid, **packed))
+    assert not capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tiny_model, **packed)
     assert checks.can_share_prefixes(model)
     forward = model.forward
     model.forward = lambda key_places=None, **rest: forward(**rest)
     assert not checks.can_share_prefixes(model)
+    assert "this model computes what they share differently" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["no gradient for keys", "raises"])
+def test_a_kernel_that_cannot_share_is_found_before_the_first_step(tiny_model, tmp_path, monkeypatch, capsys, fault):
+    right = attention._DocumentAttention.backward
+
+    def wrong(ctx, gradient):
+        if fault == "raises":
+            raise RuntimeError("no such kernel")
+        query, key, *rest = right(ctx, gradient)
+        return query, torch.zeros_like(key) if any(len(runs) > 1 for runs in ctx.documents) else key, *rest
+
+    monkeypatch.setattr(attention._DocumentAttention, "backward", staticmethod(wrong))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="packed")
+    assert not checks.can_share_prefixes(model)
+    assert "documents that begin alike are computed whole" in capsys.readouterr().out
 
 
 def test_places_continue_what_is_taken_from_the_document_before():
