@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
 
 from recipe.console import say
-from recipe.model import sequence
+from recipe.model import rope, sequence
 from recipe.model.precision import exact_float32
 
 PACKED = "packed"
@@ -250,9 +250,11 @@ def can_pack(config: PreTrainedConfig) -> bool:
 def can_share_prefixes(config: PreTrainedConfig) -> bool:
     """Return True if documents may share the tokens that they begin with: all layers compute by `packed_attention`.
 
-    A layer that carries a state from token to token would have to take it up again where documents part.
+    A layer that carries a state from token to token would have to take it up again where documents part, and rotary
+    positions that follow the length of a document differ from one to the other.
     """
-    return layer_kinds(config) == {"full_attention"} and config._attn_implementation == PACKED
+    alike = layer_kinds(config) == {"full_attention"} and not rope.follow_length(config)
+    return alike and config._attn_implementation == PACKED
 
 
 def choose(config: PreTrainedConfig, sharing: int = 1) -> str:

@@ -32,7 +32,7 @@ from transformers.utils import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from recipe.console import UserError
-from recipe.model import attention, experts, generation, linear_attention, quantised
+from recipe.model import attention, experts, generation, linear_attention, quantised, rope
 from recipe.model.precision import best_dtype
 from recipe.model.weight_files import WeightFiles
 
@@ -115,6 +115,7 @@ class Pretrained:
             )
         _work_around_libraries(model)
         linear_attention.keep_documents_apart(model)
+        rope.keep_documents_apart(model)
         experts.use_low_rank_forward(model)
         generation.drop_sampling_settings(model.generation_config)
         for parameter in never_trained(model).values():

@@ -1,15 +1,21 @@
 """Rotary positions beyond the window that a model was trained with."""
 
+import functools
 import json
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from recipe.console import UserError, say
 
 KINDS = ("yarn", "linear", "dynamic")
+FOLLOW_LENGTH = {"dynamic", "longrope"}  # kinds whose frequencies depend on how long a text is
 ORIGINAL = "original_max_position_embeddings"  # transformers' name for the window before it was extended
 
 
@@ -52,6 +58,49 @@ def extend_window(config: PreTrainedConfig, kind: str | None, length: int) -> No
 def is_extended(config: PreTrainedConfig) -> bool:
     """Return True if a text configuration has a window that `extend_window`, or its publisher, has extended."""
     return any(ORIGINAL in rope for rope in _unlimited(config))
+
+
+def follow_length(config: PreTrainedConfig) -> set[str]:
+    """Return the kinds of rotary positions of a text configuration that depend on how long a text is."""
+    return FOLLOW_LENGTH & {rope.get("rope_type") for rope in _unlimited(config)}
+
+
+def keep_documents_apart(model: nn.Module) -> None:
+    """Let rotary positions follow the length of each document of a packed row, as if the document came alone.
+
+    transformers takes the longest document of the row for all, and for "dynamic" also remembers that of earlier rows.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if FOLLOW_LENGTH & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            module.forward = functools.partial(_by_document, module, module.forward)
+
+
+def _by_document(
+    module: Any, forward: Callable, states: Tensor, position_ids: Tensor, *more: Any, **options: Any
+) -> Any:
+    """Compute the rotary embeddings (tensors [1, T, ...]) of the documents of a row, whose positions start at 0 each."""
+    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist() if position_ids.shape[:-1] == (1,) else []
+    if not starts:  # padded rows, or generation
+        return forward(states, position_ids, *more, **options)
+    ends = [*starts[1:], position_ids.shape[1]]
+    found = []
+    for start, end in zip(starts, ends, strict=True):
+        _forget(module, *more, *options.values())
+        found.append(forward(states[:, start:end], position_ids[:, start:end], *more, **options))
+    _forget(module, *more, *options.values())
+    return (
+        torch.cat(found, 1) if torch.is_tensor(found[0]) else tuple(torch.cat(p, 1) for p in zip(*found, strict=True))
+    )
+
+
+def _forget(module: Any, kind: str | None = None) -> None:
+    """Let a module of "dynamic" positions take up its original frequencies, for one kind of layers if they differ."""
+    prefix = f"{kind}_" if kind else ""
+    if "dynamic" in (module.rope_type[kind] if kind else module.rope_type):
+        original = getattr(module, f"{prefix}original_inv_freq").to(getattr(module, f"{prefix}inv_freq").device)
+        module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def write_old_names(config: PreTrainedConfig, folder: str) -> None:

@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from recipe import console
 from recipe.console import UserError
+from recipe.model import rope
 
 _group: Any = None  # the ranks that share this one's rows
 
@@ -51,6 +52,9 @@ def check(config: Any, count: int) -> None:
     remedy = "leave it out; --activation_offloading and --tiled_mlp make room on one device."
     if others:
         raise UserError(f"--sequence_parallel {count}: {config.model_type} has layers of {', '.join(others)}; {remedy}")
+    if kinds := rope.follow_length(config):
+        how = f"{config.model_type} has rotary positions of the kind {kinds.pop()}, which follow the whole row"
+        raise UserError(f"--sequence_parallel {count}: {how}; {remedy}")
     heads, groups = (
         config.num_attention_heads,
         getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
