@@ -128,8 +128,10 @@ def test_the_estimated_memory_is_the_memory_that_the_log_reports(tmp_path, more)
     """
     from demo.demo_model import demo_model
 
-    row = {"prompt": "Say it again. " * 60, "completion": "word and word again. " * 60}
-    data, out = write(tmp_path / "rows.jsonl", [row] * 8), tmp_path / "out"
+    said = ("Say it again. " * 60, "word and word again. " * 60)
+    turns = [list(zip(("system", "user", "assistant"), (f"{n}", *said), strict=True)) for n in range(8)]  # none alike
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out"
     words = argv(demo_model(), data, out, "--max_steps", 2, "--per_device_train_batch_size", 2, *more)
     done = subprocess.run([sys.executable, "finetune.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
