@@ -83,7 +83,7 @@ def steps(work, shapes, config=None, repeats=3, answer=None, share=False):
     from transformers import AutoModelForCausalLM
 
     from recipe.dataset.collator import Collator
-    from recipe.model import attention, loss
+    from recipe.model import attention, linear_attention, loss
     from recipe.model import experts as low_rank
     from recipe.model.loss import supervised_loss
     from recipe.model.precision import best_dtype
@@ -95,6 +95,7 @@ def steps(work, shapes, config=None, repeats=3, answer=None, share=False):
     else:
         model = AutoModelForCausalLM.from_config(config, **how)
         low_rank.use_low_rank_forward(model)
+        linear_attention.keep_documents_apart(model)
     model.requires_grad_(False)
     model.enable_input_require_grads()
     head = loss.fuse_loss_into_head(model)
@@ -202,12 +203,15 @@ def turns(work):
 
 
 def answers(work, tokens=128):
+    import bench
+
     counts = (2, 8, 16)
     shapes = [[tokens * (n + 1) for n in range(count)] for count in counts]
-    for title, share in (("answers, each with all turns before it", False), ("the same, turns shared", True)):
-        found = steps(work, shapes, answer=tokens // 2, share=share)
-        milliseconds = [f"{1000 * seconds / count:.0f}" for seconds, count in zip(found, counts, strict=True)]
-        table(title, "milliseconds an answer", counts, milliseconds)
+    for model, config in (("full attention", None), ("gated delta nets", bench.configuration("0.1b-hybrid"))):
+        for how, share in (("each with all turns before it", False), ("turns shared", True)):
+            found = steps(work, shapes, config, answer=tokens // 2, share=share)
+            milliseconds = [f"{1000 * seconds / count:.0f}" for seconds, count in zip(found, counts, strict=True)]
+            table(f"answers, {how}, {model}", "milliseconds an answer", counts, milliseconds)
 
 
 def main():

@@ -71,7 +71,7 @@ def packed_attention(
         row = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]  # [T, H, D]
         ends = [cu_seq_lens_q] * 2 + [max_length_q] * 2
         if key_places is not None:  # the queries of a document are its last tokens, as the kernel takes them to be
-            row[1:] = [_Fetch.apply(states, key_places) for states in row[1:]]
+            row[1:] = [Fetch.apply(states, key_places) for states in row[1:]]
             ends = [cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k or len(key_places)]
         return varlen_attn(*row, *ends, scale=scaling, window_size=(-1, 0), **GROUPED)[None], None  # causal
     documents = _documents(cu_seq_lens_q, cu_seq_lens_k, key_places)
@@ -84,7 +84,7 @@ def _computing_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
-class _Fetch(torch.autograd.Function):
+class Fetch(torch.autograd.Function):
     """Take the rows [S, ...] at places int64 [S] of states [T, ...]; what comes back to one of them adds up in float32."""
 
     @staticmethod
@@ -248,13 +248,11 @@ def can_pack(config: PreTrainedConfig) -> bool:
 
 
 def can_share_prefixes(config: PreTrainedConfig) -> bool:
-    """Return True if documents may share the tokens that they begin with: all layers compute by `packed_attention`.
+    """Return True if documents may share the tokens that they begin with: all layers know of it.
 
-    A layer that carries a state from token to token would have to take it up again where documents part, and rotary
-    positions that follow the length of a document differ from one to the other.
+    Rotary positions that follow the length of a document differ from one to the other.
     """
-    alike = layer_kinds(config) == {"full_attention"} and not rope.follow_length(config)
-    return alike and config._attn_implementation == PACKED
+    return can_pack(config) and config._attn_implementation == PACKED and not rope.follow_length(config)
 
 
 def choose(config: PreTrainedConfig, sharing: int = 1) -> str:

@@ -8,6 +8,9 @@ functions of a layer, but only the delta rule of flash-linear-attention observes
 `keep_documents_apart` replaces these functions in the modelling file, where the layers look them up at each call. It
 leaves the layers' `forward` alone: a forward that ran once for each document would gather the weights of ZeRO-3 a
 different number of times on ranks with different numbers of documents, and the ranks would hang.
+
+Where documents share the tokens that they begin with (see `dataset.prefixes`), each takes its state through all of its
+tokens by itself, from inputs that were computed once.
 """
 
 import importlib
@@ -18,6 +21,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from recipe.model.attention import Fetch
 
 CHUNK = 64  # tokens that the torch rules compute at once
 # Names of functions in modelling files, and the functions of flash-linear-attention that compute the same.
@@ -78,24 +83,47 @@ def _kernel(name: str) -> Callable | None:
 
 
 def _convolution_by_document(original: Callable, kernel: Callable | None) -> Callable:
-    def causal_conv1d_fn(*states, cu_seq_lens_q=None, **options):
+    def causal_conv1d_fn(states, *weights, cu_seq_lens_q=None, cu_seq_lens_k=None, key_places=None, **options):
         if cu_seq_lens_q is None:
-            return original(*states, **options)
-        return _convolve(original, kernel, cu_seq_lens_q, *states, **options)
+            return original(states, *weights, **options)
+        if key_places is None:
+            return _convolve(original, kernel, cu_seq_lens_q, states, *weights, **options)
+        whole = Fetch.apply(states[0].T, key_places).T[None]
+        output = _convolve(original, kernel, cu_seq_lens_k, whole, *weights, **options)
+        return output[:, :, _own(cu_seq_lens_q, cu_seq_lens_k, states.shape[2])]
 
     causal_conv1d_fn.keeps_documents_apart = True
     return causal_conv1d_fn
 
 
 def _rule_by_document(original: Callable, kernel: Callable | None) -> Callable:
-    def rule(*states, cu_seqlens=None, cu_seq_lens_q=None, **options):
+    def rule(*states, cu_seqlens=None, cu_seq_lens_q=None, cu_seq_lens_k=None, key_places=None, **options):
         ends = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
         if ends is None:
             return original(*states, **options)
-        return _apply_rule(original, kernel, ends, *states, **options)
+        if key_places is None:
+            return _apply_rule(original, kernel, ends, *states, **options)
+
+        def whole(state):
+            return Fetch.apply(state[0], key_places)[None]
+
+        more = {name: whole(value) if name in ("query", "key", "value", "g", "beta") else value
+                for name, value in options.items()}  # fmt: skip
+        output, none = _apply_rule(original, kernel, cu_seq_lens_k, *map(whole, states), **more)
+        return output[:, _own(ends, cu_seq_lens_k, len(states[0][0]))], none
 
     rule.keeps_documents_apart = True
     return rule
+
+
+def _own(ends: Tensor, all_ends: Tensor, tokens: int) -> Tensor:
+    """Return where, in all tokens of all documents, those are that each has for itself: int64 [tokens of the row].
+
+    Args:
+        ends, all_ends: int32 [documents + 1], `cu_seq_lens_q` and `cu_seq_lens_k` of `collator.Batch`.
+    """
+    shift = (all_ends - ends)[1:].repeat_interleave(ends.diff(), output_size=tokens)
+    return torch.arange(tokens, device=ends.device) + shift
 
 
 @torch.compiler.disable  # rows differ in their documents, and each would be compiled anew

@@ -15,7 +15,7 @@ from recipe.dataset import prefixes
 from recipe.dataset.collator import Collator
 from recipe.dataset.encoding import IGNORE_INDEX, ChatEncoder
 from recipe.dataset.rendering import padding_document
-from recipe.model import attention
+from recipe.model import attention, loading
 from recipe.model.loss import supervised_loss
 from recipe.training import checks
 
@@ -174,11 +174,11 @@ def test_gradients_of_tokens_that_many_share_add_up_without_rounding_each_time(k
         assert (found.double() - exact)[:, :, :64].norm() < 5e-3 * exact[:, :, :64].norm()
 
 
-@pytest.fixture(params=["qwen2", "qwen3_moe"])
-def model(request, tiny_model, small_tokenizer, tmp_path):
-    finetune.attention.register()
-    folder = tiny_model if request.param == "qwen2" else families.family("qwen3_moe", tmp_path / "moe", small_tokenizer)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="packed")
+@pytest.fixture(params=["qwen2", "qwen3_moe", "qwen3_5_text", "qwen3_next", "kimi_linear"])
+def model(request, small_tokenizer, tmp_path):
+    folder = str(families.family(request.param, tmp_path / "model", small_tokenizer))
+    source = loading.Pretrained(folder)
+    return source.model(source.config(), torch.float32, "packed")
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +191,7 @@ def alike(tiny_model):
 def test_loss_and_gradients_equal_plain_torch_one_conversation_at_a_time(model, alike, size):
     expected_loss, expected_gradients = reference(model, alike)
     collator, total, count, shared = Collator(share_prefixes=True), 0.0, 0, 0
+    assert checks.can_share_prefixes(model)
     model.train()
     for start in range(0, len(alike), size):
         batch = collator(alike[start : start + size])
@@ -199,7 +200,11 @@ def test_loss_and_gradients_equal_plain_torch_one_conversation_at_a_time(model, 
         loss.backward()
         total, count = total + loss.item(), count + supervised.item()
     assert shared > 40 and total / count == pytest.approx(expected_loss, rel=1e-5)
-    assert relative({name: p.grad / count for name, p in model.named_parameters()}, expected_gradients) < 1e-5
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
+    for name, parameter in model.named_parameters():
+        expected = expected_gradients[name]  # those of a decay are a millionth of the others, and rounded like these
+        error = (parameter.grad / count - expected).norm()
+        assert error < 1e-5 * max(expected.norm(), 1e-3 * largest), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,15 +248,9 @@ def test_a_load_balancing_loss_keeps_the_tokens_of_every_document(small_tokenize
         assert bool(history(tmp_path / str(balanced), "shared")) != balanced
 
 
-def test_models_that_carry_a_state_from_token_to_token_or_lose_the_places_share_nothing(
-    tiny_model, small_tokenizer, tmp_path, capsys
-):
+def test_a_model_that_loses_the_places_shares_nothing(tiny_model, capsys):
     finetune.attention.register()
-    packed = {"dtype": torch.float32, "attn_implementation": "packed"}
-    hybrid = families.family("qwen3_5_text", tmp_path / "hybrid", small_tokenizer)
-    assert not checks.can_share_prefixes(AutoModelForCausalLM.from_pretrained(hybrid, **packed))
-    assert not capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, **packed)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="packed")
     assert checks.can_share_prefixes(model)
     forward = model.forward
     model.forward = lambda key_places=None, **rest: forward(**rest)
