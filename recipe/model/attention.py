@@ -88,13 +88,15 @@ class Fetch(torch.autograd.Function):
     """Take the rows [S, ...] at places int64 [S] of states [T, ...]; what comes back to one of them adds up in float32."""
 
     @staticmethod
-    def forward(ctx, states, places):
+    def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
+        """Take the rows."""
         ctx.save_for_backward(places)
         ctx.shape = states.shape
         return states.index_select(0, places)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Add up what comes back to each row."""
         (places,) = ctx.saved_tensors
         total = gradient.new_zeros(ctx.shape, dtype=torch.float32)
         return total.index_add_(0, places, gradient.float()).to(gradient.dtype), None
