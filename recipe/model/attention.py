@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from recipe.console import say
 from recipe.model import rope, sequence
-from recipe.model.precision import exact_float32
+from recipe.model.precision import computing_dtype, exact_float32
 
 PACKED = "packed"
 # Kinds of layers, as transformers' configurations name them, in which a token of a packed row sees its document alone:
@@ -66,7 +66,7 @@ def packed_attention(
         options.update(scaling=scaling, dropout=dropout, cu_seq_lens_k=cu_seq_lens_k, key_places=key_places)
         attended, _ = packed_attention(module, query, key, value, None, cu_seq_lens_q, max_length_q, **options)
         return sequence.to_tokens(attended), None
-    dtype = _computing_dtype(query)
+    dtype = computing_dtype(query)
     if query.device.type == "cuda" and dtype.itemsize == 2 and not dropout:
         row = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]  # [T, H, D]
         ends = [cu_seq_lens_q] * 2 + [max_length_q] * 2
@@ -76,12 +76,6 @@ def packed_attention(
         return varlen_attn(*row, *ends, scale=scaling, window_size=(-1, 0), **GROUPED)[None], None  # causal
     documents = _documents(cu_seq_lens_q, cu_seq_lens_k, key_places)
     return _by_document(query, key, value, documents, scaling, dropout), None
-
-
-def _computing_dtype(states: Tensor) -> torch.dtype:
-    """Return the dtype that autocast gives an attention over these states."""
-    kind = states.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 class Fetch(torch.autograd.Function):
@@ -138,7 +132,7 @@ def _by_document(
 ) -> Tensor:
     """Compute one document after the other; [1, H, T, D] to [1, T, H, D]."""
     if query.device.type == "cpu" and not dropout and query.shape[-1] == value.shape[-1]:
-        row = [states.to(_computing_dtype(query)) for states in (query, key, value)]
+        row = [states.to(computing_dtype(query)) for states in (query, key, value)]
         return _DocumentAttention.apply(*row, documents, scaling)
     settings = dict(dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True)
     outputs, dtype = [], query.dtype

@@ -23,6 +23,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from recipe.console import UserError
+from recipe.model.precision import computing_dtype
 
 IMPLEMENTATION = "low_rank"  # name of `forward` in transformers' registry
 ROW_BYTES = 16  # the kernel for grouped products takes rows of a multiple of it
@@ -96,7 +97,7 @@ def forward(
         [T, H], in the dtype of `hidden_states`.
     """
     device, top_k = hidden_states.device.type, top_k_index.shape[-1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    dtype = computing_dtype(hidden_states)
     expert_of_row, order = top_k_index.flatten().sort()
     numbers = torch.arange(experts.num_experts, device=hidden_states.device)
     ends = torch.searchsorted(expert_of_row, numbers, right=True).int()

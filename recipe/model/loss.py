@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from recipe.console import UserError, say
 from recipe.dataset.collator import Batch
 from recipe.dataset.encoding import IGNORE_INDEX
+from recipe.model.precision import computing_dtype
 
 # Positions whose logits exist at a time: enough for full speed; with a vocabulary of 152,000 they and their copies take
 # at most 0.3 GB on a CPU and 2.5 GB on a GPU.
@@ -45,7 +46,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float) -> Tensor:
         """Compute the loss, and keep its gradients for `backward`."""
         kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype = computing_dtype(hidden)
         head = weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wanted_hidden, wanted_weight = ctx.needs_input_grad[:2]

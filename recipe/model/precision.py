@@ -54,6 +54,12 @@ def compute_dtype(args: Any) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
+def computing_dtype(states: torch.Tensor) -> torch.dtype:
+    """Return the dtype that autocast gives to products of these states; theirs without autocast."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 def has_bf16(cpu: bool) -> bool:
     """Return True if the CPU, or the GPU, has instructions for bfloat16; without them it is emulated and very slow."""
     if cpu:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from recipe.console import UserError, say
 from recipe.dataset.collator import Collator
 from recipe.dataset.rendering import IGNORE_INDEX
 from recipe.distributed import engines, weights
 from recipe.model import attention
+from recipe.model.precision import computing_dtype
 from recipe.training.out_of_memory import is_out_of_memory
 
 
@@ -57,7 +59,7 @@ def packing_fault(model: nn.Module, collator: Collator, length: int = 16) -> str
         return f"its kernels cannot compute such rows ({type(error).__name__}: {' '.join(str(error).split()):.200})"
     finally:
         model.train(training)
-    rounding = min(1e-3, 100 * torch.finfo(_dtype(alone)).eps)
+    rounding = min(1e-3, 100 * torch.finfo(computing_dtype(alone)).eps)
     alone, beside, changed = (logits.float() / alone.float().abs().max() for logits in (alone, beside, changed))
     if (beside - changed).abs().max() < rounding and (beside - alone).abs().max() < 5e-2:
         return None
@@ -84,7 +86,7 @@ def can_share_prefixes(model: nn.Module, length: int = 16) -> bool:
     training = model.training
     try:
         plain, shared = (_logits(model, batch, length - 5) for batch in batches)
-        found, expected = _attention_with_gradients(batches[1], config, plain.device, _dtype(plain))
+        found, expected = _attention_with_gradients(batches[1], config, plain.device, computing_dtype(plain))
     except Exception as error:  # whatever the kernels of a model raise
         if is_out_of_memory(error):
             raise
@@ -94,7 +96,7 @@ def can_share_prefixes(model: nn.Module, length: int = 16) -> bool:
         return False
     finally:
         model.train(training)
-    rounding = min(5e-2, 1e4 * torch.finfo(_dtype(plain)).eps)
+    rounding = min(5e-2, 1e4 * torch.finfo(computing_dtype(plain)).eps)
     pairs = zip([shared, *found], [plain, *expected], strict=True)
     same = all(bool((one - other).float().norm() < rounding * other.float().norm()) for one, other in pairs)
     if not same:
@@ -103,37 +105,36 @@ def can_share_prefixes(model: nn.Module, length: int = 16) -> bool:
 
 
 def _attention_with_gradients(batch, config, device, dtype):
-    """Attention over a row, and the gradients of its inputs: (by `packed_attention`, by torch in float32 with a mask)."""
+    """Attention over a row, and the gradients of its inputs: by `packed_attention`, and by torch's own in float32."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    tokens, places = batch["input_ids"].shape[1], batch["key_places"]
-    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for document, own in zip(
-        places.split(batch["cu_seq_lens_k"].diff().tolist()), batch["cu_seq_lens_q"].diff().tolist(), strict=True
-    ):
-        for count in range(len(document) - own, len(document)):
-            seen[document[count], document[: count + 1]] = True
     generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(1, n, tokens, width, generator=generator) for n in (heads, groups, groups, heads)]
-    *states, weight = (part.to(device, dtype) for part in states)
-    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "key_places")
-    row = {name: torch.as_tensor(batch[name]).to(device) if "max" not in name else batch[name] for name in names}
-    results = []
+    shapes = [(1, count, batch["input_ids"].shape[1], width) for count in (heads, groups, groups, heads)]
+    *states, weight = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    row = {name: batch[name] for name in ("max_length_q", "max_length_k")}
+    row |= {name: batch[name].to(device) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "key_places")}
+
+    def packed(*inputs):
+        return attention.packed_attention(None, *inputs, None, **row)[0].transpose(1, 2)
+
+    @torch.autocast(device.type, enabled=False)
+    def plain(*inputs):
+        """Compute every document whole, and keep the last tokens, which are its own."""
+        documents = row["key_places"].split(row["cu_seq_lens_k"].diff().tolist())
+        outputs = []
+        for places, own in zip(documents, row["cu_seq_lens_q"].diff().tolist(), strict=True):
+            document = (states[:, :, places] for states in inputs)
+            outputs.append(scaled_dot_product_attention(*document, is_causal=True, enable_gqa=True)[:, :, -own:])
+        return torch.cat(outputs, dim=2)
+
+    def computed(function, kind):
+        inputs = [part.to(kind, copy=True).requires_grad_() for part in states]
+        output = function(*inputs)
+        return [output.detach(), *torch.autograd.grad((output * weight).sum(), inputs)]
+
     with torch.enable_grad():
-        for exact in (False, True):
-            inputs = [part.float() if exact else part for part in states]
-            inputs = [part.detach().requires_grad_() for part in inputs]
-            if exact:
-                with torch.autocast(device.type, enabled=False):
-                    output = nn.functional.scaled_dot_product_attention(
-                        *inputs, attn_mask=seen.to(device), enable_gqa=True
-                    ).transpose(1, 2)
-            else:
-                output, _ = attention.packed_attention(None, *inputs, None, **row)
-            gradients = torch.autograd.grad((output * weight.transpose(1, 2)).sum(), inputs)
-            results.append([output.detach(), *gradients])
-    return results
+        return computed(packed, dtype), computed(plain, torch.float32)
 
 
 @torch.no_grad()
@@ -145,12 +146,6 @@ def _logits(model, batch, length):
     inputs["logits_to_keep"] = torch.arange(tokens - length, tokens)
     moved = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
     return model(**moved, use_cache=False).logits[:, -length:]  # some models ignore `logits_to_keep`
-
-
-def _dtype(logits):
-    """Return the dtype that these logits are computed in."""
-    kind = logits.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else logits.dtype
 
 
 class SelfChecks(transformers.TrainerCallback):
